@@ -1,0 +1,486 @@
+"""Sparse training for any `nn.Module` and torch optimizer: SST, DST (RigL or SET), S2D and D2S.
+
+Reference implementation of the training regimes of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep
+Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to import or to copy: it needs torch alone.
+
+    sparsifier = Sparsifier(critic, optimizer, regime="dst", sparsity=0.6, total_updates=500_000)
+    ...
+    loss.backward()
+    sparsifier.step()  # after backward(), before gradient clipping and optimizer.step()
+    optimizer.step()
+
+A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
+forward pass. Weights, masks and optimizer state are changed in place, never replaced, so that `torch.compile` and CUDA
+graphs keep working.
+
+Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
+(Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
+al., arXiv 2302.12902). "Eq." and "sec." refer to arXiv 2510.12096.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
+DISTRIBUTIONS = ("er", "uniform", "uniform-dense-output")
+GROWTHS = ("rigl", "set")
+
+
+# Layer-wise sparsities (sec. B.1.1) ---------------------------------------------------------------------------------
+
+
+def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
+
+    eps is such that the total over `shapes` has the given sparsity, in [0, 1). While the largest density would pass 1,
+    every layer at that maximum becomes dense and eps is solved again for the others. Source: SET, RigL, sec. B.1.1.
+    """
+    _check_sparsity(sparsity)
+    scale = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    active = (1 - sparsity) * sum(math.prod(shape) for shape in shapes.values())
+    sparse = dict(shapes)
+    while sparse:
+        dense_size = sum(math.prod(shape) for name, shape in shapes.items() if name not in sparse)
+        eps = (active - dense_size) / sum(sum(shape) for shape in sparse.values())
+        largest = max(scale[name] for name in sparse)
+        if eps * largest <= 1:
+            break
+        sparse = {name: shape for name, shape in sparse.items() if scale[name] < largest}
+    return {name: 1 - eps * scale[name] if name in sparse else 0.0 for name in shapes}
+
+
+def uniform_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """Every layer has the sparsity of the whole, in [0, 1). Source: sec. B.1.1."""
+    _check_sparsity(sparsity)
+    return dict.fromkeys(shapes, sparsity)
+
+
+def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """Uniform with a dense output layer; the other layers make up for it, so that the total has the given sparsity.
+
+    The output layer is the last of `shapes` and its parallel heads (same shape, not square), such as those of twin
+    critics. An ablation of ER, which at 0.6 leaves the output layer dense and is almost uniform over square layers.
+    """
+    _check_sparsity(sparsity)
+    output = list(shapes)[-1]
+    n_out, n_in = shapes[output]
+    dense = {name for name, shape in shapes.items() if shape == (n_out, n_in) and n_out != n_in} | {output}
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    rest = sum(n for name, n in size.items() if name not in dense)
+    if sparsity * sum(size.values()) >= rest:
+        raise ValueError(
+            f"with a dense output layer the other layers hold {rest} of {sum(size.values())} weights, too few for "
+            f'sparsity {sparsity}: lower it or write distribution="uniform"'
+        )
+    return {name: 0.0 if name in dense else sparsity * sum(size.values()) / rest for name in shapes}
+
+
+# Schedules (sec. B.1.2, B.1.3) --------------------------------------------------------------------------------------
+
+
+def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: float = 0.0) -> float:
+    """Fraction zeta of the active connections that a topology update replaces: cosine decay, eq. 1.
+
+    `final` after `total_steps`. Raises ValueError if `total_steps` is not positive.
+    """
+    if total_steps <= 0:
+        raise ValueError(f"total_steps is {total_steps}: write the planned number of steps, at least 1")
+    return final + 0.5 * (initial - final) * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
+
+
+def scheduled_sparsity(
+    step: float, initial: float, final: float, start: float, end: float, power: float = 2.0
+) -> float:
+    """Sparsity at `step`: `initial` up to `start`, `final` from `end` on, polynomial of `power` between. Eq. 2.
+
+    Raises ValueError if `end` <= `start`.
+    """
+    if end <= start:
+        raise ValueError(f"the schedule ends at {end}, not after its start at {start}: write an end > start")
+    if step <= start:
+        return initial
+    remaining = max(0.0, 1 - (step - start) / (end - start))
+    return final + (initial - final) * remaining**power
+
+
+# Masks (sec. B.1.2, algorithm 1) ------------------------------------------------------------------------------------
+
+
+def random_mask(shape: tuple[int, ...], sparsity: float, generator: torch.Generator) -> Tensor:
+    """Boolean mask with exactly floor(sparsity * size) zeros, uniformly placed. On the generator's device."""
+    _check_sparsity(sparsity)
+    size = math.prod(shape)
+    mask = torch.ones(size, dtype=torch.bool, device=generator.device)
+    order = torch.randperm(size, generator=generator, device=generator.device)
+    mask[order[: math.floor(sparsity * size)]] = False
+    return mask.view(shape)
+
+
+@torch.no_grad()
+def prune_and_grow(
+    weight: Tensor,
+    mask: Tensor,
+    dense_grad: Tensor | None,
+    n_drop: int,
+    n_grow: int,
+    growth: str = "rigl",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One topology update of one layer: drop the smallest weights, then grow connections. Changes nothing in place.
+
+    Drops the `n_drop` active weights of smallest magnitude. Then grows `n_grow` among everything that is not kept,
+    just-dropped connections included: those of largest |gradient| (`growth="rigl"`, algorithm 1) or uniformly random
+    ones from `generator` (`growth="set"`). Equal scores: the lowest index first.
+
+    Args:
+        weight, mask, dense_grad: same shape; `mask` is boolean, True where a connection is active. `dense_grad` is the
+            gradient of the unmasked weight ("set" does not read it).
+        n_drop: in [0, active connections].
+        n_grow: in [0, connections that are not kept].
+
+    Returns:
+        (new_mask, newly_grown): booleans of the same shape. `newly_grown` marks what `mask` did not hold: a dropped
+        and regrown connection is not in it.
+
+    Raises:
+        ValueError: unknown growth, unequal shapes, counts out of range, NaN in the scores, "set" without a generator.
+    """
+    _check_choice("growth", growth, GROWTHS)
+    n_active = int(mask.count_nonzero())
+    n_free = mask.numel() - n_active + n_drop  # everything not kept
+    if not (0 <= n_drop <= n_active and 0 <= n_grow <= n_free):
+        raise ValueError(
+            f"n_drop={n_drop}, n_grow={n_grow} with {n_active} of {mask.numel()} connections active: "
+            f"write 0 <= n_drop <= {n_active} and 0 <= n_grow <= {n_free}"
+        )
+    if weight.shape != mask.shape or (growth == "rigl" and (dense_grad is None or dense_grad.shape != mask.shape)):
+        raise ValueError("weight, mask and (for rigl) dense_grad must have one shape")
+    kept = mask & ~_lowest(weight.abs(), mask, n_drop)
+    if growth == "rigl":
+        grown = _lowest(-dense_grad.abs(), ~kept, n_grow)
+    elif generator is None:
+        raise ValueError('growth="set" draws random connections: pass generator=torch.Generator().manual_seed(seed)')
+    else:
+        free = (~kept).flatten().nonzero().squeeze(1)
+        order = torch.randperm(free.numel(), generator=generator, device=generator.device)
+        grown = torch.zeros_like(mask)
+        grown.view(-1)[free[order[:n_grow].to(free.device)]] = True
+    return kept | grown, grown & ~mask
+
+
+def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first.
+
+    A k-th value and one pass over its ties: the result of a stable sort in a seventh of its time.
+    """
+    chosen = torch.zeros_like(candidates)
+    if k == 0:
+        return chosen
+    values = scores[candidates]  # in index order
+    if values.isnan().any():
+        raise ValueError("NaN in the weights or gradients to rank: skip step() when the loss is not finite")
+    threshold = values.kthvalue(k).values
+    lowest = values < threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    lowest[ties[: k - int(lowest.count_nonzero())]] = True
+    return chosen.masked_scatter_(candidates, lowest)
+
+
+# The training loop's side -------------------------------------------------------------------------------------------
+
+
+class Sparsifier:
+    """Sparse training of the Linear weights of one module: masks them at once, then at every `step()`.
+
+    Regimes: "dense" (does nothing), "sst" (static random mask), "dst" (constant sparsity, moving topology), "s2d"
+    (`sparsity` -> 0), "d2s" (0 -> `sparsity`). The moving ones change their topology every `update_interval` steps: with
+    zeta from eq. 1 and a layer's target count from eq. 2 (in "dst" constant), k = floor(zeta * active) connections are
+    replaced, and more are dropped or grown than that to reach the target.
+
+    Build it before loading a checkpoint: it zeroes weights. Masks live on the device that the weights are on now.
+
+    Args:
+        module: its 2-D `nn.Linear` weights are masked; biases, norms and all else stay dense.
+        optimizer: any element-wise one of torch; it must hold these weights. Each of its state tensors that has the
+            shape of a weight (moments, momentum) is kept 0 outside the mask.
+        sparsity: share of zeros in [0, 1), over the masked weights together.
+        distribution: "er", "uniform" or "uniform-dense-output", how the layers share `sparsity`.
+        growth: "rigl" (largest gradient) or "set" (random).
+        update_interval: steps between topology updates.
+        drop_fraction, final_drop_fraction: zeta of eq. 1 at the start and after `total_updates`, in [0, 1].
+        total_updates: planned number of `step()` calls; the schedules are relative to it.
+        seed: of the masks and of random growth. The masks do not depend on the device.
+        exclude: names of submodules that stay dense.
+        schedule_start, schedule_end: window of eq. 2 as fractions of `total_updates`, for "d2s" (default 0.2 to 0.8,
+            Obando-Ceron et al. 2024) and "s2d" (default 0 to 1).
+        power: lambda of eq. 2.
+
+    Attributes:
+        masks: boolean tensors by parameter name, True where active; empty for "dense".
+        updates: the clock, number of steps so far. A captured CUDA graph does not advance it: after a replay, write
+            `sparsifier.updates += 1`.
+        topology_updates: number of topology updates so far.
+        replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
+            do not count), as a share of all active after it; 0.0 before the first.
+
+    Raises:
+        ValueError: for arguments out of range, and the message says what to write instead.
+    """
+
+    SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
+    SETTINGS += ("final_drop_fraction", "total_updates", "schedule_start", "schedule_end", "power")
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        regime: str = "dst",
+        sparsity: float = 0.6,
+        *,
+        distribution: str = "er",
+        growth: str = "rigl",
+        update_interval: int = 1000,
+        drop_fraction: float = 0.5,
+        final_drop_fraction: float = 0.0,
+        total_updates: int,
+        seed: int = 0,
+        exclude: Sequence[str] = (),
+        schedule_start: float | None = None,
+        schedule_end: float | None = None,
+        power: float = 2.0,
+    ):
+        _check_choice("regime", regime, REGIMES)
+        _check_choice("distribution", distribution, DISTRIBUTIONS)
+        _check_choice("growth", growth, GROWTHS)
+        _check_sparsity(sparsity)
+        if update_interval < 1 or total_updates < 1:
+            raise ValueError(f"update_interval={update_interval}, total_updates={total_updates}: write at least 1")
+        if not (0 <= drop_fraction <= 1 and 0 <= final_drop_fraction <= 1):
+            raise ValueError(f"drop fractions {drop_fraction} and {final_drop_fraction}: write numbers in [0, 1]")
+        if power <= 0:
+            raise ValueError(f"power={power}: write a positive number (the paper's lambda is 2)")
+        default_start, default_end = (0.2, 0.8) if regime == "d2s" else (0.0, 1.0)
+        start = default_start if schedule_start is None else schedule_start
+        end = default_end if schedule_end is None else schedule_end
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"schedule window {start} to {end}: write 0 <= schedule_start < schedule_end <= 1")
+        if type(optimizer).__name__ in ("Muon", "LBFGS"):  # their updates would move masked weights
+            raise ValueError(f"{type(optimizer).__name__} is not element-wise: write an optimizer that is, like AdamW")
+        self.weights = _linear_weights(module, exclude)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, weight in self.weights.items() if id(weight) not in held]
+        if missing:
+            raise ValueError(f"the optimizer does not hold {missing}: build it from this module's parameters()")
+
+        self.regime, self.target_sparsity, self.distribution, self.growth = regime, sparsity, distribution, growth
+        self.update_interval, self.total_updates = update_interval, total_updates
+        self.initial_drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
+        self.schedule_start, self.schedule_end, self.power = start, end, power
+        self.optimizer = optimizer
+        self.generator = torch.Generator().manual_seed(seed)
+        self.updates = 0
+        self.topology_updates = 0
+        self.replaced = 0.0
+        self.masks: dict[str, Tensor] = {}
+        if regime == "dense":
+            return
+        solve = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}.get(distribution, uniform_dense_output)
+        self.layer_sparsities = solve({name: tuple(w.shape) for name, w in self.weights.items()}, sparsity)
+        for name, weight in self.weights.items():
+            mask = random_mask(tuple(weight.shape), self._layer_sparsity(name), self.generator)
+            self.masks[name] = mask.to(weight.device)
+            self._clear(name, keep=self.masks[name])
+
+    @property
+    def topology_update_due(self) -> bool:
+        """Whether the next `step()` updates the topology: that step syncs with the host, so never capture it."""
+        return self.regime in ("dst", "s2d", "d2s") and (self.updates + 1) % self.update_interval == 0
+
+    def step(self) -> None:
+        """Advance the clock, update the topology if due, mask the gradients.
+
+        Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
+        update reads the gradients as they are: they must come from this module's own loss alone.
+        """
+        due = self.topology_update_due
+        self.updates += 1
+        if due:
+            self._update_topology()
+        self.mask_gradients()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients outside the masks, in place and without a host sync; can be captured in a CUDA graph."""
+        for name, mask in self.masks.items():
+            grad = self.weights[name].grad
+            if grad is not None:
+                _mask_(grad, mask)
+
+    @torch.no_grad()
+    def apply_to(self, target_module: nn.Module) -> None:
+        """Zero in `target_module` what the masks zero, in place: for target networks after a Polyak update.
+
+        Raises ValueError if the target lacks a masked parameter or has it in another shape.
+        """
+        parameters = dict(target_module.named_parameters())
+        for name, mask in self.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                raise ValueError(f"the target has no {name} of shape {tuple(mask.shape)}: pass a copy of the module")
+        for name, mask in self.masks.items():
+            _mask_(parameters[name], mask)
+
+    def sparsity(self) -> float:
+        """Measured share of zeros over all masks; 0.0 for "dense"."""
+        if not self.masks:
+            return 0.0
+        return 1 - self._active() / sum(mask.numel() for mask in self.masks.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
+        return {
+            "settings": {name: getattr(self, name) for name in self.SETTINGS},
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "generator": self.generator.get_state(),
+            "updates": self.updates,
+            "topology_updates": self.topology_updates,
+            "replaced": self.replaced,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, in place. Load module and optimizer as well: their zeros belong to these masks.
+
+        Raises ValueError, and changes nothing, if `state` is of other settings, parameter names or shapes.
+        """
+        for name in self.SETTINGS:
+            if state["settings"][name] != getattr(self, name):
+                raise ValueError(
+                    f"the state's {name} is {state['settings'][name]!r}, this Sparsifier's is {getattr(self, name)!r}: "
+                    "build it with the settings of the saved run"
+                )
+        for name in sorted(state["masks"].keys() | self.masks.keys()):
+            saved, own = (tuple(masks[name].shape) if name in masks else None for masks in (state["masks"], self.masks))
+            if saved != own:
+                raise ValueError(f"the mask of {name} has shape {saved} in the state, {own} here: load another state")
+        for name, mask in self.masks.items():
+            mask.copy_(state["masks"][name])
+        self.generator.set_state(state["generator"].cpu())
+        self.updates, self.topology_updates = state["updates"], state["topology_updates"]
+        self.replaced = state["replaced"]
+
+    def _layer_sparsity(self, name: str) -> float:
+        """A layer's target sparsity now: under a schedule, its share of the module's times eq. 2."""
+        sparsity = self.layer_sparsities[name]
+        if self.regime not in ("s2d", "d2s") or self.target_sparsity == 0:
+            return sparsity
+        initial, final = (0.0, self.target_sparsity) if self.regime == "d2s" else (self.target_sparsity, 0.0)
+        start, end = self.schedule_start * self.total_updates, self.schedule_end * self.total_updates
+        scheduled = scheduled_sparsity(self.updates, initial, final, start, end, self.power)
+        # The share first: a layer whose share is 1 gets eq. 2 to the last bit, as floor() needs it.
+        return sparsity if scheduled == self.target_sparsity else scheduled * (sparsity / self.target_sparsity)
+
+    @torch.no_grad()
+    def _update_topology(self) -> None:
+        """Algorithm 1 on every masked layer, with the counts of sec. B.1.3 for the regimes with a schedule."""
+        if self.growth == "rigl" and all(weight.grad is None for weight in self.weights.values()):
+            raise ValueError("no gradients to grow from: call step() after backward() and before zero_grad()")
+        zeta = drop_fraction(self.updates, self.total_updates, self.initial_drop_fraction, self.final_drop_fraction)
+        n_new = 0
+        for name, mask in self.masks.items():
+            weight = self.weights[name]
+            active = int(mask.count_nonzero())
+            target = weight.numel() - math.floor(self._layer_sparsity(name) * weight.numel())
+            if active == target == weight.numel() or (self.growth == "rigl" and weight.grad is None):
+                continue  # dense before and after: all that is dropped would regrow; or nothing to rank
+            k = min(math.floor(zeta * active), target)  # a layer cannot regrow more than it will hold
+            n_drop, n_grow = k + max(active - target, 0), k + max(target - active, 0)
+            new_mask, newly_grown = prune_and_grow(
+                weight, mask, weight.grad, n_drop, n_grow, self.growth, self.generator
+            )
+            self._clear(name, keep=mask & new_mask)  # a newly grown weight starts at 0, without moments
+            mask.copy_(new_mask)
+            n_new += int(newly_grown.count_nonzero())
+        self.topology_updates += 1
+        self.replaced = n_new / self._active()
+
+    def _active(self) -> int:
+        return int(sum(mask.count_nonzero() for mask in self.masks.values()))
+
+    def _clear(self, name: str, keep: Tensor) -> None:
+        """Set a weight and its optimizer state (moments, momentum) to 0 outside `keep`, in place."""
+        weight = self.weights[name]
+        for tensor in (weight, *self.optimizer.state.get(weight, {}).values()):
+            if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                _mask_(tensor, keep)
+
+
+def _mask_(tensor: Tensor, mask: Tensor) -> None:
+    """Multiply by a boolean mask in place. A NaN or inf outside it becomes NaN, so that the caller's checks see it."""
+    tensor.mul_(mask.view(torch.uint8))  # as bytes: on a CPU less than half the time of a product with booleans
+
+
+def _linear_weights(module: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The module's Linear weights outside the excluded submodules, each once, by parameter name."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    unknown = [name for name in exclude if name not in modules]
+    if unknown:
+        raise ValueError(f"exclude names no submodule {unknown}: write names from named_modules() in a list")
+    excluded = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
+    linear = {id(layer.weight) for layer in modules.values() if isinstance(layer, nn.Linear)} - excluded
+    weights = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in linear}
+    if not weights:
+        raise ValueError(
+            "the module has no nn.Linear weights to mask: pass one that has, or write no Sparsifier for it"
+        )
+    return weights
+
+
+def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}: write one of {', '.join(choices)}")
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}: write the share of zeros, in [0, 1), such as 0.6")
+
+
+# Diagnostics (sec. 3) -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stable_rank(features: Tensor, delta: float = 0.01) -> int:
+    """Smallest k such that the k largest singular values sum to at least 1 - delta of all. `features`: (batch, units).
+
+    The paper's SRank: Kumar et al. 2021, eq. 1 (singular values, not their squares). 0 if all features are 0.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features have shape {tuple(features.shape)}: flatten them to (batch, units)")
+    cumulative = torch.linalg.svdvals(features.double()).cumsum(0)  # largest first
+    if cumulative[-1] == 0:
+        return 0
+    # Equality counts, and rounding in float32 features must not hide it.
+    return 1 + int((cumulative < (1 - delta - 1e-6) * cumulative[-1]).sum())
+
+
+@torch.no_grad()
+def dormant_ratio(activations: Sequence[Tensor], tau: float = 0.1) -> float:
+    """Fraction, in [0, 1], of the units whose mean |activation| is at most tau times the mean of their layer.
+
+    `activations`: one (batch, units) tensor per layer, after the nonlinearity; units are pooled over layers, and those
+    of a layer that is all 0 are dormant. Source: Sokar et al. 2023, definition 3.1.
+    """
+    if not activations:
+        raise ValueError("no activations: pass one (batch, units) tensor per layer")
+    dormant = units = 0
+    for activation in activations:
+        if activation.ndim != 2:
+            raise ValueError(f"activations have shape {tuple(activation.shape)}: flatten them to (batch, units)")
+        score = activation.abs().mean(0, dtype=torch.promote_types(activation.dtype, torch.float32))  # (units,)
+        dormant += int((score <= tau * score.mean()).sum())
+        units += score.numel()
+    return dormant / units
