@@ -1,14 +1,14 @@
 """MR.Q with Module-Specific Training (MST) on DeepMind Control and Gymnasium, in one file beside `sparse_utils.py`.
 
-    python mst_mrq.py --env dog-run --critic-regime dst --scale 5       # the paper's MST at 5x width and depth
+    python mst_mrq.py --env dog-run --critic-regime dst --scale 5         # the paper's MST at 5x width and depth
     python mst_mrq.py --env humanoid-run --encoder-arch 4 --critic-arch 4 --actor-arch 3 \\
         --encoder-regime dense --critic-regime dense --actor-regime dense     # the original MR.Q
     python mst_mrq.py --eval-only runs/dog-run__mst_mrq__1 --capture-video    # play a trained agent
 
-Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv 2510.12096):
-the networks of Appendix C, the algorithm MR.Q of Appendix B.3 (arXiv 2501.16142) and one training regime per module
-(section 4): encoder dense, critic dynamic sparse, actor static sparse. One agent step is one action of the policy, which
-on DeepMind Control is repeated for two environment steps; every flag and plot counts agent steps.
+Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
+2510.12096): the networks of Appendix C, the algorithm MR.Q of Appendix B.3 (arXiv 2501.16142) and one training regime
+per module (section 4): encoder dense, critic dynamic sparse, actor static sparse. One agent step is one action of the
+policy, which DeepMind Control repeats for two environment steps; flags and plots count agent steps.
 
 Results go to `runs/<env>__<exp_name>__<seed>/`. The same command started again resumes from the last checkpoint.
 Exit codes: 0 finished, 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (start the same command to go on),
@@ -124,7 +124,7 @@ class Args:
     q_horizon: int = 3
     """steps of the n-step return"""
 
-    # Networks (Appendix C): a module's own scale goes before the width or depth scale, which goes before the scale
+    # Networks (Appendix C)
     encoder_arch: Arch = 6
     """type: 1 ReLU, 2 ELU, 3 LayerNorm+ReLU, 4 LayerNorm+ELU, 5 as 3 with residuals, 6 as 4 with residuals"""
     critic_arch: Arch = 6
@@ -140,11 +140,23 @@ class Args:
     depth_scale: float | None = None
     """multiplies the number of blocks of every module, instead of `scale`"""
     encoder_scale: float | None = None
-    """width and depth of the encoder"""
+    """width and depth of the encoder, instead of the scales of every module"""
+    encoder_width_scale: float | None = None
+    """width of the encoder, instead of `encoder_scale`"""
+    encoder_depth_scale: float | None = None
+    """number of blocks of the encoder, instead of `encoder_scale`"""
     critic_scale: float | None = None
-    """width and depth of the critic"""
+    """width and depth of the critic, instead of the scales of every module"""
+    critic_width_scale: float | None = None
+    """width of the critic, instead of `critic_scale`"""
+    critic_depth_scale: float | None = None
+    """number of blocks of the critic, instead of `critic_scale`"""
     actor_scale: float | None = None
-    """width and depth of the actor"""
+    """width and depth of the actor, instead of the scales of every module"""
+    actor_width_scale: float | None = None
+    """width of the actor, instead of `actor_scale`"""
+    actor_depth_scale: float | None = None
+    """number of blocks of the actor, instead of `actor_scale`"""
 
     # Training regimes (section 2.1): dense, static sparse, dynamic sparse, sparse to dense, dense to sparse
     encoder_regime: Regime = "dense"
@@ -499,7 +511,7 @@ class Encoder(nn.Module):
         return self.zsa_mlp(torch.cat([zs, self.za_activ(self.za(action))], 1))
 
     def predict(self, zs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step of the latent dynamics (eq. 7): done (batch,), next zs (batch, zs_dim), reward logits (batch, bins)."""
+        """Latent dynamics (eq. 7): done (batch,), next zs (batch, zs_dim), reward logits (batch, bins)."""
         prediction = self.predictor(self.zsa(zs, action))
         return prediction[:, 0], prediction[:, 1 : 1 + self.zs_dim], prediction[:, 1 + self.zs_dim :]
 
@@ -516,7 +528,9 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    def __init__(self, zs_dim: int, action_dim: int, hidden_dim: int, num_blocks: int, arch: int, residual: str = "pre"):
+    def __init__(
+        self, zs_dim: int, action_dim: int, hidden_dim: int, num_blocks: int, arch: int, residual: str = "pre"
+    ):
         super().__init__()
         self.mlp = BlockMLP(zs_dim, action_dim, hidden_dim, num_blocks, arch, residual)
         self.apply(weight_init)
@@ -545,7 +559,8 @@ def make_networks(args: Args, obs_dim: int, action_dim: int) -> tuple[Encoder, C
 
 
 def module_scale(args: Args, module: str, kind: str) -> float:
-    for name in (f"{module}_scale", f"{kind}_scale"):
+    """`kind` is "width" or "depth": the most specific scale that was given."""
+    for name in (f"{module}_{kind}_scale", f"{module}_scale", f"{kind}_scale"):
         if getattr(args, name) is not None:
             return getattr(args, name)
     return args.scale
@@ -587,8 +602,9 @@ class Agent:
     """
 
     def __init__(
-        self, args: Args, encoder: Encoder, critic: Critic, actor: Actor, training_steps: int, generator: torch.Generator
-    ):
+        self, args: Args, encoder: Encoder, critic: Critic, actor: Actor, training_steps: int,
+        generator: torch.Generator,
+    ):  # fmt: skip
         self.args, self.generator = args, generator
         self.encoder, self.critic, self.actor = encoder, critic, actor
         like = next(encoder.parameters())
@@ -819,12 +835,11 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
 
     metrics = {}
     for name in MODULES:
-        weights = [p for p in getattr(agent, name).parameters()]
         metrics |= {
             f"plasticity/{name}_srank": stable_rank(features[name]),
             f"plasticity/{name}_dormant_ratio": dormant_ratio(hidden[name], tau=0.1),
             f"plasticity/{name}_dormant_ratio_0.025": dormant_ratio(hidden[name], tau=0.025),
-            f"plasticity/{name}_weight_norm": nn.utils.get_total_norm(weights).item(),
+            f"plasticity/{name}_weight_norm": nn.utils.get_total_norm(getattr(agent, name).parameters()).item(),
             f"plasticity/{name}_feature_norm": features[name].norm(dim=1).mean().item(),
         }
     return metrics
@@ -850,7 +865,7 @@ def save(path: Path, content: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of the file in a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error}); free some space and start the same command again: it goes on from the last checkpoint")
+        fail(f"cannot write {path} ({error}); free some space and start the same command again to go on")
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -859,7 +874,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy of it, or delete it to start anew")
+        fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy, or delete it to start anew")
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -872,8 +887,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
     arguments = asdict(args)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run_dir / "lock", os.O_WRONLY | os.O_CREAT)  # held until the process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
@@ -921,13 +935,13 @@ def validate(args: Args) -> None:
         "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
         "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
     )  # fmt: skip
-    ranges = {name: (1, math.inf) for name in positive}
-    ranges |= {name: (0, math.inf) for name in ("seed", "learning_starts", "weight_decay", "policy_noise", "noise_clip")}
-    ranges |= {name: (0, 1) for name in ("gamma", "drop_fraction", "schedule_start", "schedule_end")}
+    not_negative = ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
+    ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
+    ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
     ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
     ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
     ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
-    ranges |= {"exploration_noise": (0, math.inf), "max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
+    ranges |= {"max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
     ranges |= {"buffer_size": (max(args.learning_starts, 2 * args.encoder_horizon) + 1, math.inf)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -949,27 +963,30 @@ def validate(args: Args) -> None:
             fail("--capture-video needs imageio: pip install 'imageio[ffmpeg]'", 2)
 
 
-def available_memory(device: torch.device) -> int:
-    """Free memory of the device in bytes; on Linux the limit of the job's control group counts, too."""
+def memory_size(device: torch.device) -> int:
+    """Free bytes of a GPU, or bytes of the machine or of the control group that a cluster's job runs in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            free = min(free, int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such limit
-            pass
-    return free
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+        for folder in [Path(f"/sys/fs/cgroup{group}"), *Path(f"/sys/fs/cgroup{group}").parents]:
+            limit = folder / "memory.max"
+            if limit.exists() and limit.read_text().strip() != "max":
+                size = min(size, int(limit.read_text()))
+    except (OSError, IndexError):  # no control groups here
+        pass
+    return size
 
 
 def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
     """On the training device where it fits beside the networks, else in main memory."""
     nbytes = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
-    if device.type == "cuda" and nbytes > 0.7 * available_memory(device):
+    if device.type == "cuda" and nbytes > 0.7 * memory_size(device):
         device = torch.device("cpu")
-    if nbytes > available_memory(device):
+    if nbytes > memory_size(device):
         fail(f"a replay buffer of {args.buffer_size:,} steps needs {nbytes / 2**30:.1f} GiB, and there are "
-             f"{available_memory(device) / 2**30:.1f} GiB of memory: choose a smaller --buffer-size", 2)  # fmt: skip
+             f"{memory_size(device) / 2**30:.1f} GiB of memory: choose a smaller --buffer-size", 2)  # fmt: skip
     return ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.encoder_horizon, args.seed, device)
 
 
@@ -1012,6 +1029,9 @@ class Progress:
 
 def train(args: Args) -> int:
     """Train, from the last checkpoint if there is one. Returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -1059,15 +1079,19 @@ def train(args: Args) -> int:
         rb.start_episode(obs)
     del checkpoint
 
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
+            config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
+        )  # fmt: skip
     writer = SummaryWriter(run_dir)
     if progress.agent_step == 0 and progress.phase == "evaluate":
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
     bar = tqdm(total=args.total_timesteps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: stop.set())
 
     def save_checkpoint(finished: bool = False) -> None:
         for name in MODULES:
@@ -1091,9 +1115,12 @@ def train(args: Args) -> int:
         mean, std, step = returns.mean(), returns.std(), progress.agent_step
         seconds = time.time() - start_time
         path = run_dir / "eval.csv"
-        header = "" if path.exists() else "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
+        columns = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
         with open(path, "a") as file:
-            file.write(f"{header}{step},{step * action_repeat},{mean},{std},{len(returns)},{earlier_seconds + seconds:.1f}\n")
+            if file.tell() == 0:
+                print(columns, file=file)
+            row = (step, step * action_repeat, mean, std, len(returns), round(earlier_seconds + seconds, 1))
+            print(*row, sep=",", file=file)
             file.flush()
             os.fsync(file.fileno())
         scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
@@ -1143,8 +1170,8 @@ def train(args: Args) -> int:
                     rb.start_episode(obs)
 
                 # ALGO LOGIC: every 250 training steps, copy the targets and train the encoder for as many updates
-                training_step = progress.agent_step - args.learning_starts  # from 1
-                if training_step >= 1 and (training_step - 1) % args.target_network_frequency == 0:
+                trained = progress.agent_step - args.learning_starts - 1  # critic and actor updates so far
+                if trained >= 0 and trained % args.target_network_frequency == 0:
                     agent.update_targets(rb.reward_scale(), rb.any_terminated)
                     progress.encoder_updates_left = args.target_network_frequency
                 progress.phase = "train"
@@ -1155,8 +1182,7 @@ def train(args: Args) -> int:
                 while progress.encoder_updates_left and not stop.is_set():
                     agent.update_encoder(rb.sample(args.batch_size, device))
                     progress.encoder_updates_left -= 1
-                    bar.set_postfix_str(f"{progress.encoder_updates_left} encoder updates left", refresh=False)
-                    bar.update(0)
+                    bar.set_description(f"{progress.encoder_updates_left:3} encoder updates left")
                 if not progress.encoder_updates_left:
                     if progress.agent_step > args.learning_starts:
                         batch = rb.sample(args.batch_size, device)
@@ -1171,12 +1197,13 @@ def train(args: Args) -> int:
 
             if progress.phase == "evaluate" and not stop.is_set():
                 if progress.agent_step % args.eval_interval == 0 or progress.agent_step == args.total_timesteps:
-                    bar.set_postfix_str("evaluating")
+                    bar.set_description("evaluating")
                     seeds = [episode_seed(args.seed, 1, progress.agent_step, i) for i in range(args.eval_episodes)]
                     frames = [] if args.capture_video else None
                     returns = evaluate(agent, eval_envs, seeds, stop.is_set, frames)
                     if returns is not None:
                         log_evaluation(returns, frames)
+                        bar.set_description("")
                         progress.phase = "act"
                 else:
                     progress.phase = "act"
@@ -1192,8 +1219,10 @@ def train(args: Args) -> int:
         writer.close()
     except FloatingPointError as error:
         writer.flush()
-        fail(f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. "
-             "A lower learning rate or a LayerNorm architecture (types 3 to 6) may help, under another --exp-name")  # fmt: skip
+        fail(
+            f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "
+            "learning rate or an architecture with LayerNorm (types 3 to 6) may help, under another --exp-name"
+        )
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error}); free some space and start the same command again")
     bar.close()
@@ -1208,6 +1237,8 @@ def play(args: Args) -> int:
     if not path.exists():
         fail(f"{path} does not exist: --eval-only takes a run directory or the agent.pt of a finished run", 2)
     saved = load(path)
+    if "args" not in saved:
+        fail(f"{path} is not an agent: --eval-only takes a run directory or the agent.pt of a finished run", 2)
     trained = Args(**saved["args"])
     device = torch.device("cuda" if args.cuda else "cpu")
     try:
@@ -1215,7 +1246,8 @@ def play(args: Args) -> int:
                 for _ in range(args.eval_episodes)]  # fmt: skip
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
-    networks = [module.to(device) for module in make_networks(trained, envs[0].observation_space.shape[0], envs[0].action_space.shape[0])]
+    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    networks = (module.to(device) for module in make_networks(trained, obs_dim, action_dim))
     agent = Agent(trained, *networks, 1, torch.Generator(device))
     for name in MODULES:
         getattr(agent, name).load_state_dict(saved["modules"][name])

@@ -20,6 +20,7 @@ al., arXiv 2302.12902). "Eq." and "sec." refer to arXiv 2510.12096.
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -36,21 +37,23 @@ GROWTHS = ("rigl", "set")
 def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
 
-    eps is such that the total over `shapes` has the given sparsity, in [0, 1). While the largest density would pass 1,
-    every layer at that maximum becomes dense and eps is solved again for the others. Source: SET, RigL, sec. B.1.1.
+    eps is such that the layers hold as many zeros together as with `uniform_sparsities`, the sum of floor(sparsity *
+    size), for a sparsity in [0, 1). While the largest density would pass 1, every layer at that maximum becomes dense
+    and eps is solved again for the others. Source: SET, RigL, sec. B.1.1.
     """
     _check_sparsity(sparsity)
-    scale = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
-    active = (1 - sparsity) * sum(math.prod(shape) for shape in shapes.values())
-    sparse = dict(shapes)
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    scale = {name: Fraction(sum(shape), size[name]) for name, shape in shapes.items()}  # exact, as counts need it
+    n_active = sum(n - math.floor(sparsity * n) for n in size.values())
+    sparse = list(shapes)
     while sparse:
-        dense_size = sum(math.prod(shape) for name, shape in shapes.items() if name not in sparse)
-        eps = (active - dense_size) / sum(sum(shape) for shape in sparse.values())
+        n_dense = sum(size[name] for name in shapes if name not in sparse)
+        eps = Fraction(n_active - n_dense, sum(sum(shapes[name]) for name in sparse))
         largest = max(scale[name] for name in sparse)
         if eps * largest <= 1:
             break
-        sparse = {name: shape for name, shape in sparse.items() if scale[name] < largest}
-    return {name: 1 - eps * scale[name] if name in sparse else 0.0 for name in shapes}
+        sparse = [name for name in sparse if scale[name] < largest]
+    return {name: float(1 - eps * scale[name]) if name in sparse else 0.0 for name in shapes}
 
 
 def uniform_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
@@ -60,23 +63,24 @@ def uniform_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -
 
 
 def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Uniform with a dense output layer; the other layers make up for it, so that the total has the given sparsity.
+    """Uniform, but the output layer is dense and the others make up for it: the number of zeros stays the same.
 
     The output layer is the last of `shapes` and its parallel heads (same shape, not square), such as those of twin
     critics. An ablation of ER, which at 0.6 leaves the output layer dense and is almost uniform over square layers.
+    Raises ValueError if the other layers are too small.
     """
     _check_sparsity(sparsity)
     output = list(shapes)[-1]
-    n_out, n_in = shapes[output]
-    dense = {name for name, shape in shapes.items() if shape == (n_out, n_in) and n_out != n_in} | {output}
+    heads = [name for name in shapes if shapes[name] == shapes[output] and len(set(shapes[output])) > 1] or [output]
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    rest = sum(n for name, n in size.items() if name not in dense)
-    if sparsity * sum(size.values()) >= rest:
+    n_zeros = sum(math.floor(sparsity * n) for n in size.values())
+    n_rest = sum(n for name, n in size.items() if name not in heads)
+    if n_zeros >= n_rest:
         raise ValueError(
-            f"with a dense output layer the other layers hold {rest} of {sum(size.values())} weights, too few for "
-            f'sparsity {sparsity}: lower it or write distribution="uniform"'
+            f"with a dense output layer, {n_zeros} zeros do not fit the {n_rest} weights of the other layers: write a "
+            'sparsity below that or distribution="uniform"'
         )
-    return {name: 0.0 if name in dense else sparsity * sum(size.values()) / rest for name in shapes}
+    return {name: 0.0 if name in heads else n_zeros / n_rest for name in shapes}
 
 
 # Schedules (sec. B.1.2, B.1.3) --------------------------------------------------------------------------------------
@@ -167,15 +171,16 @@ def prune_and_grow(
     else:
         free = (~kept).flatten().nonzero().squeeze(1)
         order = torch.randperm(free.numel(), generator=generator, device=generator.device)
-        grown = torch.zeros_like(mask)
-        grown.view(-1)[free[order[:n_grow].to(free.device)]] = True
+        grown = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+        grown[free[order[:n_grow].to(free.device)]] = True
+        grown = grown.view(mask.shape)
     return kept | grown, grown & ~mask
 
 
 def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first.
 
-    A k-th value and one pass over its ties: the result of a stable sort in a seventh of its time.
+    The k-th lowest score and a pass over its ties, in a third of the time of a stable sort with the same result.
     """
     chosen = torch.zeros_like(candidates)
     if k == 0:
@@ -183,7 +188,7 @@ def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
     values = scores[candidates]  # in index order
     if values.isnan().any():
         raise ValueError("NaN in the weights or gradients to rank: skip step() when the loss is not finite")
-    threshold = values.kthvalue(k).values
+    threshold = values.topk(k, largest=False, sorted=False).values.amax()
     lowest = values < threshold
     ties = (values == threshold).nonzero().squeeze(1)
     lowest[ties[: k - int(lowest.count_nonzero())]] = True
@@ -197,9 +202,9 @@ class Sparsifier:
     """Sparse training of the Linear weights of one module: masks them at once, then at every `step()`.
 
     Regimes: "dense" (does nothing), "sst" (static random mask), "dst" (constant sparsity, moving topology), "s2d"
-    (`sparsity` -> 0), "d2s" (0 -> `sparsity`). The moving ones change their topology every `update_interval` steps: with
-    zeta from eq. 1 and a layer's target count from eq. 2 (in "dst" constant), k = floor(zeta * active) connections are
-    replaced, and more are dropped or grown than that to reach the target.
+    (`sparsity` -> 0) and "d2s" (0 -> `sparsity`). The last three update their topology every `update_interval` steps:
+    floor(zeta * active) connections of a layer are dropped and as many grown, zeta by eq. 1; d2s drops and s2d grows
+    as many more as the sparsity of eq. 2 asks for.
 
     Build it before loading a checkpoint: it zeroes weights. Masks live on the device that the weights are on now.
 
@@ -338,7 +343,8 @@ class Sparsifier:
         """Measured share of zeros over all masks; 0.0 for "dense"."""
         if not self.masks:
             return 0.0
-        return 1 - self._active() / sum(mask.numel() for mask in self.masks.values())
+        size = sum(mask.numel() for mask in self.masks.values())
+        return (size - self._active()) / size
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
@@ -357,13 +363,11 @@ class Sparsifier:
         Raises ValueError, and changes nothing, if `state` is of other settings, parameter names or shapes.
         """
         for name in self.SETTINGS:
-            if state["settings"][name] != getattr(self, name):
-                raise ValueError(
-                    f"the state's {name} is {state['settings'][name]!r}, this Sparsifier's is {getattr(self, name)!r}: "
-                    "build it with the settings of the saved run"
-                )
+            saved, own = state["settings"][name], getattr(self, name)
+            if saved != own:
+                raise ValueError(f"{name} is {saved!r} in the state, {own!r} here: build this one as the saved one was")
         for name in sorted(state["masks"].keys() | self.masks.keys()):
-            saved, own = (tuple(masks[name].shape) if name in masks else None for masks in (state["masks"], self.masks))
+            saved, own = (tuple(m[name].shape) if name in m else None for m in (state["masks"], self.masks))
             if saved != own:
                 raise ValueError(f"the mask of {name} has shape {saved} in the state, {own} here: load another state")
         for name, mask in self.masks.items():

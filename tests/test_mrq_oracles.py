@@ -21,7 +21,9 @@ class Oracle:
 
     def __init__(self, types: str):
         self.data = {key: torch.from_numpy(value) for key, value in np.load(ORACLES / f"mrq_{types}.npz").items()}
-        obs_dim, action_dim, _, _, hidden, zs_dim, za_dim, zsa_dim, critic_hidden, actor_hidden = self["meta/dims"].tolist()
+        obs_dim, action_dim, _, _, hidden, zs_dim, za_dim, zsa_dim, critic_hidden, actor_hidden = self[
+            "meta/dims"
+        ].tolist()
         encoder_arch, critic_arch, actor_arch = self["meta/archs"].tolist()
         blocks = int(self["meta/num_blocks"])
         args = Args(
@@ -72,13 +74,17 @@ def test_three_rounds_give_the_gradients_and_parameters_of_the_reference(oracle)
             parameters = dict(getattr(oracle.agent, ours).named_parameters())
             assert gradients.keys() == parameters.keys()
             for name, gradient in gradients.items():
-                torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-8, atol=1e-12, msg=f"{k} {ours} {name}")
+                torch.testing.assert_close(
+                    parameters[name].grad, gradient, rtol=1e-8, atol=1e-12, msg=f"{k} {ours} {name}"
+                )
         if k in (0, 2):
             for ours, theirs in NAMES.items():
                 for suffix in ("", "_target"):
                     after = oracle.tensors(f"after{k + 1}/{theirs}{suffix}/")
                     for name, value in getattr(oracle.agent, ours + suffix).state_dict().items():
-                        torch.testing.assert_close(value, after[name], rtol=0, atol=1e-10, msg=f"{k} {ours}{suffix} {name}")
+                        torch.testing.assert_close(
+                            value, after[name], rtol=0, atol=1e-10, msg=f"{k} {ours}{suffix} {name}"
+                        )
 
 
 def test_priorities_and_the_gradient_norm_before_clipping_are_those_of_the_reference(oracle):
@@ -87,7 +93,9 @@ def test_priorities_and_the_gradient_norm_before_clipping_are_those_of_the_refer
         torch.testing.assert_close(priority, oracle[f"info{k}/priority"], rtol=1e-8, atol=0)
         norm = oracle[f"info{k}/value_grad_norm_before_clip"]
         torch.testing.assert_close(oracle.agent.metrics["plasticity/critic_grad_norm"], norm, rtol=1e-8, atol=0)
-        torch.testing.assert_close(oracle.agent.metrics["losses/q_values"], oracle[f"info{k}/q"].mean(), rtol=1e-8, atol=0)
+        torch.testing.assert_close(
+            oracle.agent.metrics["losses/q_values"], oracle[f"info{k}/q"].mean(), rtol=1e-8, atol=0
+        )
 
 
 def test_two_hot_rewards_are_those_of_the_reference(oracle):

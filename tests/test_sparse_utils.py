@@ -31,12 +31,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def network(seed=0, sizes=(6, 12, 12, 3)):
+def network(seed=0, sizes=(6, 16, 16, 1)):
     """An MLP with LayerNorm: masked weights are those of 0, 3, 6, ..."""
     torch.manual_seed(seed)
-    layers = [
-        layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.LayerNorm(m), nn.ELU())
-    ]
+    layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.LayerNorm(m), nn.ELU())]
     return nn.Sequential(*layers[:-2])
 
 
@@ -70,7 +68,7 @@ def zeros(sparsifier):
     [
         ({"a": (2, 4), "b": (3, 6), "c": (2, 4, 6)}, 0.5, {"a": 0, "b": 13 / 42, "c": 55 / 84}),  # by hand
         ({"a": (2, 4), "c": (3, 6, 7), "d": (7, 4)}, 0.5, {"a": 0, "c": 0.642857, "d": 0}),  # two layers become dense
-        ({"a": (8, 6), "b": (4, 3)}, 0.7, {"a": 0.736111, "b": 0.472222}),
+        ({"a": (8, 6), "b": (4, 3)}, 0.7, {"a": 0.736111, "b": 0.472222}),  # 33 + 8 zeros: each layer's share floored
         ({"a": (80, 4), "b": (20, 20)}, 0.8, {"a": 0.695161, "b": 0.883871}),
         ({"a": (5, 4), "b": (2, 9)}, 0.0, {"a": 0, "b": 0}),
         ({"a": (30, 4)}, 0.3, {"a": 0.3}),
@@ -109,11 +107,12 @@ def test_erdos_renyi_on_the_papers_critic_leaves_only_the_output_dense(n_in, sca
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6),
     st.floats(0, 0.99),
 )
-def test_erdos_renyi_keeps_the_total_and_one_eps_for_all_layers_that_are_not_dense(shapes, sparsity):
+def test_erdos_renyi_keeps_the_zeros_of_uniform_and_one_eps_for_all_layers_that_are_not_dense(shapes, sparsity):
     shapes = {str(i): shape for i, shape in enumerate(shapes)}
     sparsities = su.erdos_renyi_sparsities(shapes, sparsity)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    assert sum(sparsities[n] * size[n] for n in shapes) == pytest.approx(sparsity * sum(size.values()), abs=1e-6)
+    n_zeros = sum(math.floor(sparsity * n) for n in size.values())
+    assert sum(sparsities[name] * size[name] for name in shapes) == pytest.approx(n_zeros, abs=1e-6)
     eps = [(1 - s) * size[n] / sum(shapes[n]) for n, s in sparsities.items() if s > 0]
     assert eps == pytest.approx([eps[0]] * len(eps)) if eps else True
     assert all(0 <= s < 1 for s in sparsities.values())
@@ -221,8 +220,8 @@ def test_equal_magnitudes_are_dropped_and_grown_from_the_lowest_index_and_minus_
     assert new_mask.tolist() == [1, 0, 1, 1, 0, 0]
     new_mask, _ = prune_and_grow(weight, torch.tensor([1, 0, 0, 0, 0, 0]).bool(), grad, 0, 2)
     assert new_mask.tolist() == [1, 0, 1, 1, 0, 0]
-    new_mask, _ = prune_and_grow(weight, torch.tensor([1, 0, 1, 1, 1, 1]).bool(), -grad * 0, 3, 1)
-    assert new_mask.tolist() == [1, 1, 0, 0, 0, 1]  # drops 2, 4, 5... of |w| 0, grows the lowest free index
+    new_mask, _ = prune_and_grow(weight, torch.tensor([1, 0, 1, 1, 1, 1]).bool(), grad * 0, 3, 1)
+    assert new_mask.tolist() == [1, 1, 0, 1, 0, 0]
 
 
 @st.composite
@@ -278,8 +277,12 @@ def test_set_growth_reaches_every_connection_that_is_not_kept_just_dropped_ones_
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("regime", "growth"), [("sst", "rigl"), ("dst", "rigl"), ("dst", "set"), ("d2s", "rigl"), ("s2d", "rigl")])
-def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_nothing_is_replaced(regime, growth, optimizer):
+@pytest.mark.parametrize(
+    ("regime", "growth"), [("sst", "rigl"), ("dst", "rigl"), ("dst", "set"), ("d2s", "rigl"), ("s2d", "rigl")]
+)
+def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_nothing_is_replaced(
+    regime, growth, optimizer
+):
     net, optimizer, sparsifier = sparse_run(regime, optimizer, growth=growth)
     pointers = {}
 
@@ -297,23 +300,376 @@ def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_nothi
     moved = any(not torch.equal(first[name], mask) for name, mask in sparsifier.masks.items())
     assert moved == (regime != "sst")
     assert sparsifier.topology_updates == (0 if regime == "sst" else 8)  # 40 updates, one in 5
-    # momentum that outlives its connection would move a dropped weight: seen above as a weight off the mask
     assert all(net.get_parameter(f"{i}.bias").abs().min() > 0 for i in (0, 3, 6))  # biases are not masked
 
 
-def test_dst_replaces_the_share_of_equation_1_and_keeps_every_layers_count():
-    net, optimizer, sparsifier = sparse_run("dst", sparsity=0.6, total_updates=40)
-    before, counts = {n: m.clone() for n, m in sparsifier.masks.items()}, zeros(sparsifier)
-    assert counts["6.weight"] == 0  # (3, 12), dense under ER: eps = 34/42 of the 0.4 * 252 - 36 others, 1.54 * 15/36 < 1?
-    train(net, optimizer, sparsifier, 4)
-    assert all(torch.equal(before[n], m) for n, m in sparsifier.masks.items())
-    assert sparsifier.replaced == 0.0
-    train(net, optimizer, sparsifier, 1)
+def test_er_masks_have_floor_of_each_layers_sparsity_in_zeros():
+    # (16, 6), (16, 16), (1, 16): 57 + 153 + 9 zeros; the last is dense (17 / 16); eps = (149 - 16) / (22 + 32) = 2.463
+    _, _, sparsifier = sparse_run("sst", sparsity=0.6)
+    assert zeros(sparsifier) == {"0.weight": 41, "3.weight": 177, "6.weight": 0}  # 96 - 22 eps, 256 - 32 eps
+    assert sparsifier.sparsity() == 218 / 368
+    # one hidden layer: 0.6 * 420 zeros, all in the (20, 20), which binary64 must not turn into 251
+    _, _, sparsifier = sparse_run("sst", net=network(sizes=(20, 20, 1)), sparsity=0.6)
+    assert zeros(sparsifier) == {"0.weight": 252, "3.weight": 0}
+
+
+def test_uniform_distributions_differ_in_the_output_layer():
+    _, _, sparsifier = sparse_run("sst", distribution="uniform", sparsity=0.5)
+    assert zeros(sparsifier) == {"0.weight": 48, "3.weight": 128, "6.weight": 8}
+    _, _, sparsifier = sparse_run("sst", distribution="uniform-dense-output", sparsity=0.5)
+    assert zeros(sparsifier) == {
+        "0.weight": 50,
+        "3.weight": 133,
+        "6.weight": 0,
+    }  # 184 of 352, so 50.2 of 96 and 133.8 of 256
+
+
+def test_dst_replaces_the_share_of_equation_1_at_multiples_of_the_interval_and_keeps_the_counts():
+    net, optimizer, sparsifier = sparse_run("dst", distribution="uniform", sparsity=0.5, total_updates=20)
+    counts = zeros(sparsifier)
+    for step in range(1, 26):
+        before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+        due = sparsifier.topology_update_due
+        assert due == (step % 5 == 0)
+        optimizer.zero_grad()
+        net(torch.randn(16, 6)).square().mean().backward()
+        grads = {name: net.get_parameter(name).grad.clone() for name in before}
+        weights = {name: net.get_parameter(name).detach().clone() for name in before}
+        sparsifier.step()
+        zeta = 0.25 * (1 + math.cos(math.pi * min(step, 20) / 20))  # 0.427 0.25 0.073 0 0
+        new = 0
+        for name, mask in sparsifier.masks.items():
+            k = math.floor(zeta * int(before[name].sum())) if due else 0
+            expected, newly_grown = prune_and_grow(weights[name], before[name], grads[name], k, k)
+            assert torch.equal(mask, expected)
+            assert torch.equal(net.get_parameter(name).grad, grads[name] * mask)
+            new += int(newly_grown.sum())
+        if due:
+            assert sparsifier.replaced == new / 184
+            assert (new > 0) == (step < 20)
+        optimizer.step()
+    assert sparsifier.updates == 25
+    assert sparsifier.topology_updates == 5
     assert zeros(sparsifier) == counts
 
 
-def test_er_masks_of_a_module_have_the_total_sparsity_with_floors_per_layer():
-    _, _, sparsifier = sparse_run("sst", sparsity=0.6)
-    sizes = {"0.weight": 72, "3.weight": 144, "6.weight": 36}
-    expected = su.erdos_renyi_sparsities({"0.weight": (12, 6), "3.weight": (12, 12), "6.weight": (3, 12)}, 0.6)
-    assert zeros(sparsifier) == {name: math.floor(expected[name] * sizes[name]) for name in sizes}
+@pytest.mark.parametrize(
+    ("regime", "arguments", "expected"),
+    # eq. 2 for the (10, 10) layer at 0.6, read at steps 0, 10, ..., 100; zeros are floored
+    [
+        ("d2s", {}, [0, 0, 0, 18, 33, 44, 53, 58, 60, 60, 60]),  # window 20..80; 0.6 - 0.15 is below 0.45 in binary64
+        ("s2d", {}, [60, 48, 38, 29, 21, 15, 9, 5, 2, 0, 0]),  # window 0..100
+        ("d2s", {"schedule_start": 0.0, "schedule_end": 0.5, "power": 1.0}, [0, 12, 24, 36, 48, *[60] * 6]),
+    ],
+)
+@pytest.mark.parametrize("growth", ["rigl", "set"])
+def test_schedules_reach_the_count_of_equation_2_at_every_update(regime, arguments, expected, growth):
+    net, optimizer, sparsifier = sparse_run(
+        regime, net=network(sizes=(10, 10)), update_interval=10, total_updates=100, growth=growth, **arguments
+    )
+    counts = zeros(sparsifier)
+    measured = [counts["0.weight"]]
+    for _ in range(10):
+        train(net, optimizer, sparsifier, 9)
+        assert zeros(sparsifier) == counts  # only at multiples of the interval
+        train(net, optimizer, sparsifier, 1)
+        counts = zeros(sparsifier)
+        measured.append(counts["0.weight"])
+        assert sparsifier.sparsity() == pytest.approx(measured[-1] / 100)
+    assert measured == expected
+
+
+def test_a_layers_schedule_is_its_er_sparsity_times_the_modules():
+    net, optimizer, sparsifier = sparse_run("s2d", sparsity=0.6, update_interval=10, total_updates=40)
+    train(net, optimizer, sparsifier, 20)
+    assert zeros(sparsifier) == {"0.weight": 10, "3.weight": 44, "6.weight": 0}  # a quarter of 41.8 and 177.2
+
+
+def one_update_at_constant_drop_fraction_half(regime, grad):
+    """One topology update of a (10, 10) layer at half of the schedule, with weights 1..100 where active."""
+    layer = network(sizes=(10, 10))
+    _, _, sparsifier = sparse_run(regime, net=layer, sparsity=0.4, total_updates=10, final_drop_fraction=0.5)
+    before = sparsifier.masks["0.weight"].clone()
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.arange(1.0, 101).view(10, 10) * before)
+    for _ in range(5):
+        layer[0].weight.grad = grad(before)
+        sparsifier.step()
+    return before.flatten(), sparsifier.masks["0.weight"].flatten(), sparsifier.replaced
+
+
+def test_d2s_drops_what_the_schedule_asks_for_besides_what_regrows():
+    # 100 active, target 70, k = 50: drops the 80 smallest, grows 50 of these; equal gradients: the lowest indices
+    _, after, replaced = one_update_at_constant_drop_fraction_half("d2s", lambda mask: torch.ones(10, 10))
+    assert after.nonzero().flatten().tolist() == [*range(50), *range(80, 100)]
+    assert replaced == 0.0  # all that grew had just been dropped
+
+
+def test_s2d_grows_what_the_schedule_asks_for_besides_what_was_dropped():
+    # 60 active, target 90, k = 30: drops 30, grows 60, first the 40 that have a gradient
+    before, after, replaced = one_update_at_constant_drop_fraction_half("s2d", lambda mask: (~mask).float())
+    assert int(before.sum()) == 60
+    assert int(after.sum()) == 90
+    assert after[~before].all()
+    assert replaced == 40 / 90
+
+
+def test_a_sudden_schedule_cannot_drop_more_than_there_is():
+    # from dense to 0.9 in one update: k = floor(0.5 * 100) is more than the 10 that stay
+    net, optimizer, sparsifier = sparse_run(
+        "d2s", net=network(sizes=(10, 10)), sparsity=0.9, final_drop_fraction=0.5, schedule_start=0.0, schedule_end=0.1
+    )
+    train(net, optimizer, sparsifier, 5)
+    assert zeros(sparsifier) == {"0.weight": 90}
+
+
+def test_masks_depend_on_the_seed_alone():
+    masks = [
+        sparse_run("dst", net=network(seed), seed=mask_seed)[2].masks for seed, mask_seed in ((0, 1), (5, 1), (0, 2))
+    ]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert not all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
+
+
+def test_a_mask_found_on_existing_optimizer_state_zeroes_it():
+    net = network()
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    net(torch.randn(16, 6)).square().mean().backward()
+    optimizer.step()
+    sparsifier = Sparsifier(net, optimizer, "sst", total_updates=10)
+    mask, weight = sparsifier.masks["3.weight"], net[3].weight
+    assert all((optimizer.state[weight][key][~mask] == 0).all() for key in ("exp_avg", "exp_avg_sq"))
+    assert (optimizer.state[weight]["exp_avg"][mask] != 0).any()
+
+
+def test_dense_regime_counts_and_touches_nothing():
+    net, optimizer, sparsifier = sparse_run("dense", total_updates=5, update_interval=1)
+    twin = copy.deepcopy(net)
+    train(net, optimizer, sparsifier, 5)
+    reference = OPTIMIZERS["adamw"](twin.parameters())
+    data = generator(0)
+    for _ in range(5):
+        reference.zero_grad()
+        twin(torch.randn(16, 6, generator=data)).square().mean().backward()
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    assert sparsifier.masks == {}
+    assert sparsifier.sparsity() == 0.0
+    assert sparsifier.updates == 5
+    assert not sparsifier.topology_update_due
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw fused", "sgd momentum"])
+@pytest.mark.parametrize(("regime", "growth"), [("dst", "rigl"), ("dst", "set"), ("d2s", "rigl"), ("s2d", "set")])
+def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optimizer):
+    net, opt, sparsifier = sparse_run(regime, optimizer, growth=growth)
+    train(net, opt, sparsifier, 13)
+    file = io.BytesIO()
+    torch.save([net.state_dict(), opt.state_dict(), sparsifier.state_dict()], file)
+    in_memory = sparsifier.state_dict()
+    train(net, opt, sparsifier, 20, seed=1)
+
+    resumed, resumed_opt, resumed_sparsifier = sparse_run(regime, optimizer, growth=growth, net=network(9), seed=9)
+    pointers = [mask.data_ptr() for mask in resumed_sparsifier.masks.values()]
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    for part, state in zip((resumed, resumed_opt, resumed_sparsifier), loaded, strict=True):
+        part.load_state_dict(state)
+    assert resumed_sparsifier.updates == 13
+    train(resumed, resumed_opt, resumed_sparsifier, 20, seed=1)
+
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(mask, resumed_sparsifier.masks[name]) for name, mask in sparsifier.masks.items())
+    assert resumed_sparsifier.replaced == sparsifier.replaced > 0
+    assert resumed_sparsifier.topology_updates == sparsifier.topology_updates == 6
+    assert pointers == [mask.data_ptr() for mask in resumed_sparsifier.masks.values()]
+    # a state kept in memory is a copy: training on did not change it
+    assert all(torch.equal(mask, loaded[2]["masks"][name]) for name, mask in in_memory["masks"].items())
+
+
+def test_after_a_polyak_update_apply_to_zeroes_what_the_online_masks_zero():
+    net, optimizer, sparsifier = sparse_run("dst")
+    target = copy.deepcopy(net)
+    train(net, optimizer, sparsifier, 5)  # a topology update: the target still holds dropped weights
+    with torch.no_grad():
+        for slow, fast in zip(target.parameters(), net.parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+    expected = {name: value.clone() for name, value in target.named_parameters()}
+    assert any((expected[name][~mask] != 0).any() for name, mask in sparsifier.masks.items())
+    sparsifier.apply_to(target)
+    for name, value in target.named_parameters():
+        mask = sparsifier.masks.get(name, torch.ones_like(value))
+        assert torch.equal(value, expected[name] * mask)
+
+
+def test_excluded_submodules_stay_dense_and_do_not_count():
+    encoder = nn.ModuleDict({"zs_mlp": network(), "predictor": nn.Linear(16, 40)})
+    optimizer = torch.optim.AdamW(encoder.parameters())
+    sparsifier = Sparsifier(encoder, optimizer, "sst", total_updates=1, exclude=["predictor"])
+    assert zeros(sparsifier) == {"zs_mlp.0.weight": 41, "zs_mlp.3.weight": 177, "zs_mlp.6.weight": 0}
+    assert (encoder["predictor"].weight != 0).all()
+
+
+def test_a_shared_weight_is_masked_once():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    module = nn.Sequential(first, second, first)
+    sparsifier = Sparsifier(module, torch.optim.SGD(module.parameters()), "sst", 0.5, total_updates=1)
+    assert zeros(sparsifier) == {"0.weight": 32}
+
+
+def test_a_parameter_without_a_gradient_is_skipped():
+    net, _, sparsifier = sparse_run("dst", update_interval=1)
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    net[3].weight.grad = torch.ones(16, 16)
+    sparsifier.step()
+    assert net[0].weight.grad is None
+    assert torch.equal(sparsifier.masks["0.weight"], before["0.weight"])
+    assert not torch.equal(sparsifier.masks["3.weight"], before["3.weight"])
+
+
+def test_a_nan_gradient_outside_the_mask_stays_visible():
+    net, _, sparsifier = sparse_run("sst")
+    net[3].weight.grad = torch.full((16, 16), math.inf)
+    sparsifier.mask_gradients()
+    assert net[3].weight.grad[~sparsifier.masks["3.weight"]].isnan().all()
+
+
+def refused(message, **arguments):
+    return pytest.param(arguments, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        refused("sparsity is 1.0", sparsity=1.0),
+        refused("sparsity is -0.1", sparsity=-0.1),
+        refused("unknown regime 'rigl': write one of dense, sst, dst, s2d, d2s", regime="rigl"),
+        refused("unknown growth 'gradient': write one of rigl, set", growth="gradient"),
+        refused("unknown distribution 'erk': write one of er, uniform", distribution="erk"),
+        refused("update_interval=0", update_interval=0),
+        refused("total_updates=0", total_updates=0),
+        refused("drop fractions 1.5 and 0.0", drop_fraction=1.5),
+        refused("drop fractions 0.5 and -1", final_drop_fraction=-1),
+        refused("power=0", power=0),
+        refused("schedule window 0.8 to 0.8", regime="d2s", schedule_start=0.8),
+        refused("schedule window 0.0 to 500", regime="s2d", schedule_end=500),
+        refused("exclude names no submodule ['predictor']", exclude=["predictor"]),
+        refused("no nn.Linear weights", exclude=["0", "3", "6"]),
+        refused("do not fit the 352 weights", distribution="uniform-dense-output", sparsity=0.99),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_to_write(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        sparse_run(**arguments)
+
+
+def test_modules_and_optimizers_that_cannot_work_are_refused():
+    net, other = network(), network()
+    with pytest.raises(ValueError, match=r"does not hold \['0.weight', '3.weight', '6.weight'\]"):
+        Sparsifier(net, torch.optim.AdamW(other.parameters()), total_updates=1)
+    with pytest.raises(ValueError, match="no nn.Linear weights"):
+        Sparsifier(nn.LayerNorm(3), torch.optim.AdamW(net.parameters()), total_updates=1)
+    with pytest.raises(ValueError, match="Muon is not element-wise"):
+        Sparsifier(net, torch.optim.Muon([net[0].weight]), total_updates=1)
+
+
+def test_impossible_topology_updates_are_refused():
+    weight, mask = torch.ones(4), torch.tensor([1, 1, 0, 0]).bool()
+    for message, grad, counts, growth in (
+        ("n_drop=3", weight, (3, 0), "rigl"),
+        ("n_grow=4", weight, (1, 4), "rigl"),
+        ("n_drop=-1", weight, (-1, 0), "rigl"),
+        ("one shape", None, (1, 1), "rigl"),
+        ("one shape", torch.ones(2, 2), (1, 1), "rigl"),
+        ("unknown growth", weight, (1, 1), "random"),
+        ("pass generator", None, (1, 1), "set"),
+        ("NaN", weight * math.nan, (1, 1), "rigl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_and_grow(weight, mask, grad, *counts, growth)
+    _, _, sparsifier = sparse_run("dst", update_interval=1)
+    with pytest.raises(ValueError, match="after backward"):
+        sparsifier.step()
+
+
+def test_schedules_refuse_an_empty_window():
+    with pytest.raises(ValueError, match="end > start"):
+        su.scheduled_sparsity(1, 0, 0.6, 10, 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        su.drop_fraction(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        ({"regime": "sst"}, {}, "regime is 'sst' in the state, 'dst' here"),
+        ({"growth": "set"}, {}, "growth is 'set' in the state"),
+        ({"total_updates": 41}, {}, "total_updates is 41 in the state"),
+        ({"sizes": (7, 16, 1)}, {"sizes": (6, 16, 1)}, r"mask of 0.weight has shape \(16, 7\) in the state, \(16, 6\)"),
+        ({"sizes": (6, 16, 1)}, {"sizes": (6, 16, 1, 1)}, "mask of 6.weight has shape None in the state"),
+        (
+            {"sizes": (6, 16, 1, 1)},
+            {"sizes": (6, 16, 1)},
+            r"mask of 6.weight has shape \(1, 1\) in the state, None here",
+        ),
+    ],
+)
+def test_a_state_of_another_run_is_refused_by_name_and_changes_nothing(saved, own, message):
+    def build(sizes=(6, 16, 1), seed=0, **arguments):
+        return sparse_run(net=network(sizes=sizes), seed=seed, **arguments)[2]
+
+    sparsifier = build(**own)
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    with pytest.raises(ValueError, match=message):
+        sparsifier.load_state_dict(build(seed=1, **saved).state_dict())
+    assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks.items())
+
+
+def test_apply_to_refuses_a_target_of_other_names_or_shapes_and_changes_nothing():
+    _, _, sparsifier = sparse_run("sst")
+    for target in (nn.Sequential(network()), network(sizes=(6, 16, 17, 1))):
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(ValueError, match=r"the target has no \d.weight of shape"):
+            sparsifier.apply_to(target)
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+# Diagnostics
+
+
+@pytest.mark.parametrize(
+    ("singular_values", "rank"),
+    # 10 1 1 1: 12/13 is below 0.99. 98 1 1: 99/100 is exactly enough. 100 1: 100/101. 2^-i: 1 - 2^-7 is above 0.99
+    [([10, 1, 1, 1], 4), ([98, 1, 1], 2), ([100, 1], 1), ([2.0**-i for i in range(20)], 7), ([0, 0], 0)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stable_rank_counts_the_singular_values_that_hold_99_percent(singular_values, rank, dtype):
+    diagonal = torch.diag(torch.tensor(singular_values, dtype=torch.float64))
+    assert su.stable_rank(diagonal.to(dtype)) == rank
+    rows = torch.linalg.qr(torch.randn(64, len(singular_values), generator=generator(), dtype=torch.float64)).Q
+    columns = torch.linalg.qr(torch.randn(30, len(singular_values), generator=generator(), dtype=torch.float64)).Q
+    assert su.stable_rank((rows @ diagonal @ columns.T).to(dtype)) == rank  # (64, 30)
+
+
+def test_stable_rank_of_a_single_direction_is_1_at_any_delta():
+    assert su.stable_rank(torch.ones(256, 10), delta=0.01) == 1
+    assert su.stable_rank(torch.eye(10), delta=0.5) == 5
+
+
+def test_dormant_ratio_counts_units_below_tau_of_their_layers_mean():
+    layer = torch.tensor([[0, -0.05, 1, 2.95], [0, 0.05, -1, 2.95]])  # mean |h| 0, 0.05, 1, 2.95: mean 1
+    assert su.dormant_ratio([layer], tau=0.1) == 0.5
+    assert su.dormant_ratio([layer], tau=0.025) == 0.25
+    assert su.dormant_ratio([layer], tau=0.05) == 0.5  # equality counts
+    assert su.dormant_ratio([torch.zeros(3, 5)]) == 1.0
+    assert su.dormant_ratio([layer, torch.zeros(3, 4), torch.ones(3, 8)], tau=0.1) == 6 / 16  # pooled
+
+
+def test_diagnostics_refuse_what_is_not_a_batch_of_units():
+    with pytest.raises(ValueError, match="flatten"):
+        su.stable_rank(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="flatten"):
+        su.dormant_ratio([torch.zeros(3)])
+    with pytest.raises(ValueError, match="no activations"):
+        su.dormant_ratio([])
