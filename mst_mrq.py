@@ -261,6 +261,9 @@ class DMControl(gym.Env):
         """Return the picture of the task's first camera: (480, 480, 3), uint8."""
         return self.dmc.physics.render(480, 480, camera_id=0)
 
+    def close(self):
+        self.dmc.physics.free()
+
 
 class ActionRepeat(gym.Wrapper):
     """Repeat every action, up to the end of the episode, and sum the rewards."""
@@ -288,8 +291,9 @@ def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: b
     choose_mujoco_gl(env_id, render)
     if ":" in env_id or env_id in gym.registry:  # "package:Name-v0" imports the package, which registers the name
         env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-        if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
-            raise ValueError(f"{env_id} has actions {env.action_space}: choose one with a bounded Box of actions")
+        actions = env.action_space
+        if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1):
+            raise ValueError(f"{env_id} has actions {actions}: choose one with a bounded, flat Box of actions")
         if not env.observation_space.is_np_flattenable:
             raise ValueError(f"{env_id} has observations {env.observation_space}: choose one with a Box of them")
         raw, flatten = env.observation_space, gym.spaces.flatten
@@ -314,7 +318,11 @@ def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: b
 
 
 def replay_episode(env: gym.Env, seed: int, actions) -> np.ndarray:
-    """Return to the state after `actions` (T, A) in the episode of `seed`; its observation (S,) has the same bits."""
+    """Return to the state after `actions` (T, A) in the episode of `seed`; give its observation (S,), the same bits.
+
+    So a checkpoint needs no simulator state. An environment that keeps something across resets (of those tried, only
+    BipedalWalker-v3 does) comes back slightly different: compare the observation with the one that was saved.
+    """
     obs, _ = env.reset(seed=seed)
     for action in actions:
         obs, _, _, _, _ = env.step(action)
@@ -375,7 +383,7 @@ class ReplayBuffer:
         """Store the step taken from the newest observation, and the observation it led to."""
         self.action[self.position] = torch.from_numpy(action)
         self.reward[self.position] = reward
-        self.terminated[self.position] = terminated
+        self.terminated[self.position] = bool(terminated)
         self.is_transition[self.position] = True
         length = self.episode_length + 1
         self.start_episode(next_obs)  # the next slot, in the same episode:
@@ -994,7 +1002,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     import imageio.v2 as imageio
 
     path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=30, macro_block_size=1)
+    imageio.mimwrite(path, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
 
 
 def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
@@ -1036,7 +1044,8 @@ def train(args: Args) -> int:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     try:
-        env = make_env(args.env_id, args.seed, args.action_repeat, args.capture_video)
+        choose_mujoco_gl(args.env_id, args.capture_video)
+        env = make_env(args.env_id, args.seed, args.action_repeat)
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -1057,8 +1066,10 @@ def train(args: Args) -> int:
     print_table(args, agent, rb)
     if args.dry_run:
         return 0
-    eval_envs = [make_env(args.env_id, args.seed, args.action_repeat, args.capture_video)
-                 for _ in range(args.eval_episodes)]  # fmt: skip
+    eval_envs = [
+        make_env(args.env_id, args.seed, args.action_repeat, render=args.capture_video and i == 0)
+        for i in range(args.eval_episodes)
+    ]
 
     # TRY NOT TO MODIFY: seeding, or restoring from the checkpoint
     exploration = torch.Generator().manual_seed(args.seed)
@@ -1077,7 +1088,6 @@ def train(args: Args) -> int:
         progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
         obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
         rb.start_episode(obs)
-    del checkpoint
 
     if args.track:
         import wandb
@@ -1087,9 +1097,10 @@ def train(args: Args) -> int:
             config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
         )  # fmt: skip
     writer = SummaryWriter(run_dir)
-    if progress.agent_step == 0 and progress.phase == "evaluate":
+    if not checkpoint:
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    del checkpoint  # its replay buffer may be large
     start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
     bar = tqdm(total=args.total_timesteps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
@@ -1242,8 +1253,11 @@ def play(args: Args) -> int:
     trained = Args(**saved["args"])
     device = torch.device("cuda" if args.cuda else "cpu")
     try:
-        envs = [make_env(trained.env_id, args.seed, trained.action_repeat, args.capture_video)
-                for _ in range(args.eval_episodes)]  # fmt: skip
+        choose_mujoco_gl(trained.env_id, args.capture_video)
+        envs = [
+            make_env(trained.env_id, args.seed, trained.action_repeat, render=args.capture_video and i == 0)
+            for i in range(args.eval_episodes)
+        ]
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]

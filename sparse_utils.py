@@ -464,7 +464,7 @@ def stable_rank(features: Tensor, delta: float = 0.01) -> int:
     """
     if features.ndim != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}: flatten them to (batch, units)")
-    cumulative = torch.linalg.svdvals(features.double()).cumsum(0)  # largest first
+    cumulative = torch.linalg.svdvals(features.double()).cpu().cumsum(0)  # largest first
     if cumulative[-1] == 0:
         return 0
     # Equality counts, and rounding in float32 features must not hide it.

@@ -466,7 +466,7 @@ def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optim
     train(net, opt, sparsifier, 13)
     file = io.BytesIO()
     torch.save([net.state_dict(), opt.state_dict(), sparsifier.state_dict()], file)
-    in_memory = sparsifier.state_dict()
+    in_memory, replaced = sparsifier.state_dict(), sparsifier.replaced
     train(net, opt, sparsifier, 20, seed=1)
 
     resumed, resumed_opt, resumed_sparsifier = sparse_run(regime, optimizer, growth=growth, net=network(9), seed=9)
@@ -476,6 +476,7 @@ def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optim
     for part, state in zip((resumed, resumed_opt, resumed_sparsifier), loaded, strict=True):
         part.load_state_dict(state)
     assert resumed_sparsifier.updates == 13
+    assert resumed_sparsifier.replaced == replaced > 0
     train(resumed, resumed_opt, resumed_sparsifier, 20, seed=1)
 
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
@@ -658,7 +659,7 @@ def test_stable_rank_of_a_single_direction_is_1_at_any_delta():
 
 
 def test_dormant_ratio_counts_units_below_tau_of_their_layers_mean():
-    layer = torch.tensor([[0, -0.05, 1, 2.95], [0, 0.05, -1, 2.95]])  # mean |h| 0, 0.05, 1, 2.95: mean 1
+    layer = torch.tensor([[0, -0.05, 1, 2.95], [0, 0.05, -1, 2.95]]) * 4  # mean |h| / 4: 0, 0.05, 1, 2.95, mean 1
     assert su.dormant_ratio([layer], tau=0.1) == 0.5
     assert su.dormant_ratio([layer], tau=0.025) == 0.25
     assert su.dormant_ratio([layer], tau=0.05) == 0.5  # equality counts

@@ -1,0 +1,20 @@
+# `make demo` trains a small agent, `make test` runs the tests. Both install what they need into .venv.
+PYTHON ?= python3
+DEMO = --env cartpole-swingup --exp-name demo
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	.venv/bin/python mst_mrq.py $(DEMO)
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@

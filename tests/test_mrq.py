@@ -1,0 +1,265 @@
+"""MR.Q's networks, replay buffer, losses and diagnostics, each against numbers worked out by hand or by brute force."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mst_mrq import (
+    Actor,
+    Agent,
+    Args,
+    Batch,
+    BlockMLP,
+    ReplayBuffer,
+    diagnose,
+    make_networks,
+    n_step_return,
+)
+
+HUMANOID, DOG = (67, 21), (223, 38)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# the paper's "2/37/154M, 3/33/139M, 1.3/16/69M" (Figs. 4, 6 and 9), exact values of the specification
+@pytest.mark.parametrize(
+    ("scale", "encoder", "predictor", "critic", "actor", "agent"),
+    [
+        (1, (2_010_112, 2_094_336), 296_514, 1_576_962, (798_741, 807_462), (4_385_815, 4_478_760)),
+        (3, (36_713_472, 36_966_144), 2_462_274, 33_054_722, (16_558_101, 16_584_230), (86_326_295, 86_605_096)),
+        (5, (154_270_720, 154_691_840), 6_725_186, 144_240_642, (72_171_541, 72_215_078), (370_682_903, 371_147_560)),
+    ],
+)
+def test_networks_have_the_papers_parameter_counts(scale, encoder, predictor, critic, actor, agent):
+    for i, (obs_dim, action_dim) in enumerate((HUMANOID, DOG)):
+        with torch.device("meta"):
+            networks = make_networks(Args(scale=scale), obs_dim, action_dim)
+        head = parameters(networks[0].predictor)
+        assert head == predictor
+        assert [parameters(network) for network in networks] == [encoder[i] + head, critic, actor[i]]
+        assert sum(parameters(network) for network in networks) - head == agent[i]
+
+
+@pytest.mark.parametrize(
+    ("critic_scale", "critic"), [(1, 2_625_538), (3, 33_054_722), (5, 138_997_762)]
+)  # "3/33/139M" of Fig. 6, on an encoder of scale 3
+def test_a_module_can_have_a_scale_of_its_own(critic_scale, critic):
+    with torch.device("meta"):
+        networks = make_networks(Args(encoder_scale=3, critic_scale=critic_scale), *HUMANOID)
+    assert parameters(networks[1]) == critic
+    assert parameters(networks[2]) == 1_323_029  # an actor of scale 1 on zs of scale 3, Fig. 9
+
+
+def test_the_most_specific_scale_counts():
+    args = Args(scale=2, width_scale=3, depth_scale=4, critic_scale=5, actor_width_scale=0.5)
+    with torch.device("meta"):
+        encoder, critic, actor = make_networks(args, *HUMANOID)
+    width_and_depth = [(mlp.projection.out_features, len(mlp.blocks)) for mlp in (encoder.zs_mlp, critic.q1, actor.mlp)]
+    assert width_and_depth == [(3 * 512, 4), (5 * 512, 5), (512 // 2, 4)]
+
+
+@pytest.mark.parametrize("residual", ["pre", "post"])
+def test_residual_types_follow_equations_5_and_6(residual):
+    torch.manual_seed(0)
+    mlp, x = BlockMLP(3, 2, 8, 1, arch=6, residual=residual), torch.randn(4, 3)
+    h = mlp.projection(x)
+    u = F.elu(F.layer_norm(h, (8,), eps=1e-5))
+    y = mlp.blocks[0].linear2(F.elu(F.layer_norm(mlp.blocks[0].linear1(u), (8,), eps=1e-5)))
+    h = y + (h if residual == "pre" else u)
+    torch.testing.assert_close(mlp(x), mlp.output(F.elu(F.layer_norm(h, (8,), eps=1e-5))))
+
+
+def test_weights_start_as_xavier_uniform_with_gain_sqrt_2_and_biases_at_0():
+    actor = Actor(300, 2, 200, 1, arch=5)
+    weight = actor.mlp.projection.weight
+    bound = (2 * 6 / (300 + 200)) ** 0.5
+    assert bound * 0.99 < weight.abs().max() <= bound
+    assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.02  # standard deviation of a uniform distribution
+    assert all((p == 0).all() for name, p in actor.named_parameters() if name.endswith("bias"))
+
+
+# REPLAY BUFFER
+def fill(capacity: int, horizon: int, episodes: int, seed: int = 0, terminating: float = 0.5) -> ReplayBuffer:
+    """Random episodes; observations are (episode, step), actions step + 0.5, rewards step + 1."""
+    random, rb = np.random.default_rng(seed), ReplayBuffer(capacity, 2, 1, horizon, seed)
+    for episode in range(episodes):
+        length, terminates = random.integers(1, 3 * horizon), random.random() < terminating
+        rb.start_episode(np.array([episode, 0], np.float32))
+        for step in range(length):
+            next_obs = np.array([episode, step + 1], np.float32)
+            rb.add(np.array([step + 0.5], np.float32), step + 1, next_obs, terminates and step == length - 1)
+    return rb
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+@pytest.mark.parametrize("capacity", [23, 50, 3000])  # the first two wrap around, the last spans three rows of sums
+def test_windows_stay_in_one_episode_and_on_its_terminal_observation(capacity, horizon):
+    for episodes in range(1, 60):
+        rb = fill(capacity, horizon, episodes, seed=episodes)
+        if not rb.priority.any():
+            continue  # only truncated episodes shorter than the horizon so far
+        batch = rb.sample(64, "cpu")
+        steps = batch.obs[..., 1]
+        assert (batch.obs[..., 0] == batch.obs[:, :1, 0]).all()  # one episode
+        alive = F.pad((1 - batch.terminated).cumprod(1), (1, 0), value=1)[:, :-1]  # before each step
+        torch.testing.assert_close(steps[:, 1:], steps[:, :-1] + alive)  # goes on, or stays once terminated
+        torch.testing.assert_close(batch.reward, alive * (steps[:, :-1] + 1))
+        torch.testing.assert_close(batch.action[..., 0], alive * (steps[:, :-1] + 0.5))
+        assert (batch.terminated * (1 - alive) == 0).all()
+
+
+def test_the_last_starts_are_sampled_after_a_termination_and_never_after_a_truncation():
+    for terminates, expected in ((True, [0, 1, 2, 3, 4, 5, 6]), (False, [0, 1, 2])):  # 7 steps, horizon 5
+        rb = ReplayBuffer(100, 1, 1, 5, seed=0)
+        rb.start_episode(np.zeros(1, np.float32))
+        for step in range(7):
+            rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminates and step == 6)
+        assert rb.priority.nonzero()[:, 0].tolist() == expected
+        rb.start_episode(np.zeros(1, np.float32))  # the next episode changes none of them
+        assert rb.priority.nonzero()[:, 0].tolist() == expected
+
+
+def test_overwriting_a_slot_takes_its_start_and_termination_away():
+    rb = ReplayBuffer(8, 1, 1, 2, seed=0)
+    rb.start_episode(np.zeros(1, np.float32))
+    for step in range(5):
+        rb.add(np.zeros(1, np.float32), 1.0, np.zeros(1, np.float32), step == 4)  # slots 0..5, terminates in slot 4
+    rb.start_episode(np.zeros(1, np.float32))  # slot 6
+    for _ in range(3):
+        rb.add(np.zeros(1, np.float32), 1.0, np.zeros(1, np.float32), False)  # slots 7, 0, 1
+    assert rb.priority.nonzero()[:, 0].tolist() == [2, 3, 4, 6, 7]
+    assert rb.is_transition.nonzero()[:, 0].tolist() == [0, 2, 3, 4, 6, 7]
+
+
+def test_sampling_frequencies_are_proportional_to_the_priorities():
+    rb = ReplayBuffer(2500, 1, 1, 1, seed=0)  # three rows
+    rb.priority[[3, 1023, 1024, 2499]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    index = torch.cat([rb.sample_index(200) for _ in range(500)])
+    counts = torch.bincount(index, minlength=2500)
+    assert counts.nonzero()[:, 0].tolist() == [3, 1023, 1024, 2499]
+    # 100,000 draws: the standard deviation of a frequency is at most 0.0016
+    torch.testing.assert_close(counts[counts > 0] / 1e5, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.006)
+
+
+def test_a_million_small_priorities_beside_large_ones_keep_their_share():
+    # a running float32 sum stops growing at 2^24: the second half would never be drawn
+    rb = ReplayBuffer(1_000_000, 1, 1, 1, seed=0)
+    rb.priority[:1_000_000] = 1.0
+    rb.priority[0] = 5e7
+    index = torch.cat([rb.sample_index(1000) for _ in range(20)])
+    assert index.max() < 1_000_000
+    # expected share of the second half: 500,000 / 51,000,000 = 0.0098, standard deviation 0.0007
+    assert abs((index >= 500_000).double().mean() - 0.0098) < 0.003
+
+
+def test_a_new_start_gets_the_largest_priority_and_at_least_1():
+    rb = ReplayBuffer(100, 1, 1, 1, seed=0)
+    rb.start_episode(np.zeros(1, np.float32))
+    rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
+    assert rb.priority[0] == 1
+    rb.update_priority(torch.tensor([0]), torch.tensor([7.0]))
+    rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
+    assert rb.priority[:2].tolist() == [7, 7]
+
+
+def test_the_reward_scale_is_the_mean_absolute_reward_of_transitions():
+    rb = ReplayBuffer(100, 1, 1, 1, seed=0)
+    rb.start_episode(np.zeros(1, np.float32))
+    for reward in (1.0, -2.0, 3.0):
+        rb.add(np.zeros(1, np.float32), reward, np.zeros(1, np.float32), False)
+    assert rb.reward_scale() == 2.0  # over 3 transitions in 4 slots
+
+
+# LOSSES
+def test_the_terminal_reward_counts_and_nothing_after_it():
+    reward = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]])
+    terminated = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    n_step, not_done = n_step_return(reward, terminated, steps=3, gamma=0.5)
+    assert n_step.tolist() == [1 + 2 / 2 + 4 / 4, 1 + 2 / 2]
+    assert not_done.tolist() == [1, 0]
+
+
+def small_agent(**flags) -> Agent:
+    torch.manual_seed(0)
+    args = Args(width_scale=0.03, topology_update_interval=2, **flags)
+    return Agent(args, *make_networks(args, 4, 2), 20, torch.Generator().manual_seed(0))
+
+
+def small_batch(seed: int = 0) -> Batch:
+    torch.manual_seed(seed)
+    return Batch(torch.randn(8, 6, 4), torch.rand(8, 5, 2), torch.rand(8, 5), torch.zeros(8, 5), torch.arange(8))
+
+
+def test_each_loss_trains_its_own_module_alone():
+    agent = small_agent()
+
+    def weights():
+        return {name: [p.clone() for p in getattr(agent, name).parameters()] for name in ("encoder", "critic", "actor")}
+
+    def changed(before):
+        return {
+            name
+            for name, old in before.items()
+            if any((a != b).any() for a, b in zip(old, weights()[name], strict=True))
+        }
+
+    before = weights()
+    agent.update_encoder(small_batch())
+    assert changed(before) == {"encoder"}
+    before = weights()
+    agent.update_critic_and_actor(small_batch())
+    assert changed(before) == {"critic", "actor"}
+    # the actor's loss left no trace in the critic's gradient: it is still that of the TD loss
+    gradient = [p.grad.clone() for p in agent.critic.parameters()]
+    assert agent.metrics["plasticity/critic_grad_norm"] == torch.nn.utils.get_total_norm(gradient)
+
+
+def test_target_noise_differs_from_update_to_update_and_is_clipped():
+    agent = small_agent(policy_noise=100.0, noise_clip=0.3)
+    seen = []
+    agent.encoder_target.zsa = lambda zs, action: seen.append(action) or agent.encoder.zsa(zs, action)
+    agent.update_critic_and_actor(small_batch())
+    agent.update_critic_and_actor(small_batch())
+    with torch.no_grad():
+        clean = agent.actor_target(agent.encoder_target.zs(small_batch().obs[:, 3]))[0]
+    assert (seen[0] != seen[1]).any()
+    for action in seen:
+        assert ((action - clean).abs() <= 0.3 + 1e-6).all()
+        assert (action.abs() <= 1).all()
+
+
+def test_targets_and_reward_scales_are_copied_together():
+    agent = small_agent()
+    agent.update_critic_and_actor(small_batch())
+    assert any((a != b).any() for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters(), strict=True))
+    agent.update_targets(torch.tensor(0.25), torch.tensor(1.0))
+    for name in ("encoder", "critic", "actor"):
+        online, target = getattr(agent, name).state_dict(), getattr(agent, f"{name}_target").state_dict()
+        assert all((online[key] == target[key]).all() for key in online)
+    assert (agent.target_reward_scale, agent.reward_scale) == (1.0, 0.25)  # 1 was the scale before
+    agent.update_targets(torch.tensor(0.5), torch.tensor(1.0))
+    assert (agent.target_reward_scale, agent.reward_scale) == (0.25, 0.5)
+
+
+def test_diagnostics_read_the_features_of_each_module():
+    agent, rb = small_agent(), ReplayBuffer(500, 4, 2, 5, seed=0)
+    random = np.random.default_rng(0)
+    rb.start_episode(random.normal(size=4).astype(np.float32))
+    for _ in range(400):
+        rb.add(random.uniform(-1, 1, 2).astype(np.float32), 0.0, random.normal(size=4).astype(np.float32), False)
+    metrics = diagnose(agent, rb, seed=0)
+    assert metrics["plasticity/critic_dormant_ratio"] < 0.5
+    for parameter in agent.critic.q1.projection.parameters():  # q1's first block then sees nothing but zeros
+        parameter.data.zero_()
+    for layer in (agent.critic.q1.blocks[0].linear1, agent.critic.q1.blocks[0].linear2):
+        layer.weight.data.zero_()
+    after = diagnose(agent, rb, seed=0)
+    assert after["plasticity/critic_dormant_ratio"] == pytest.approx(0.5, abs=0.1)  # one of two heads is dead
+    assert after["plasticity/critic_srank"] < metrics["plasticity/critic_srank"]
+    assert {k: v for k, v in after.items() if "critic" not in k} == {
+        k: v for k, v in metrics.items() if "critic" not in k
+    }
+    assert 1 <= metrics["plasticity/encoder_srank"] <= 15  # zsa has round(0.03 * 512) = 15 dimensions

@@ -1,0 +1,362 @@
+"""Runs from start to end: the same bits every time, resuming after any interruption, files that run no code.
+
+Runs are real processes (see conftest.py). What a run must give is what an uninterrupted run of the same command gives.
+"""
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    RUN,
+    TINY,
+    assert_one_error,
+    assert_same_agent,
+    assert_same_run,
+    command,
+    evaluations,
+    life,
+    scalars,
+    start,
+    unchanged,
+)
+
+import mst_mrq
+
+RESUME_ME = 75  # sysexits.h EX_TEMPFAIL, documented in the scripts' docstrings
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def run_dir(script, tmp_path):
+    return tmp_path / str(RUN).format(script)
+
+
+@pytest.fixture
+def finished(reference, run_dir):
+    """A copy of the finished reference run, at the same path relative to the working directory."""
+    return shutil.copytree(reference, run_dir)
+
+
+@pytest.fixture(scope="session")
+def interrupted_once(script, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("interrupted")
+    assert life(script, cwd=cwd, at=("os.replace", 2, signal.SIGKILL)).code == -signal.SIGKILL
+    return cwd / str(RUN).format(script)
+
+
+@pytest.fixture
+def interrupted(interrupted_once, run_dir):
+    """A run killed while it wrote its second checkpoint: it holds the first, at agent step 30."""
+    return shutil.copytree(interrupted_once, run_dir)
+
+
+# The same bits ------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_of_one_command_give_the_same_bits(script, reference, run_dir, tmp_path):
+    assert life(script, cwd=tmp_path).code == 0
+    assert_same_run(run_dir, reference)
+
+
+def test_a_run_logs_every_evaluation_and_the_losses_of_every_interval(reference):
+    assert [row[:2] for row in evaluations(reference)] == [
+        ["agent_step", "env_step"], ["0", "0"], ["50", "100"], ["100", "200"], ["130", "260"],
+    ]  # fmt: skip
+    steps = {}
+    for tag, step in scalars(reference):
+        steps.setdefault(tag, []).append(step)
+    assert steps["eval/episode_return_mean"] == [0, 50, 100, 130]
+    assert steps["losses/critic_loss"] == [50, 60, 70, 80, 90, 100, 110, 120, 130]  # training starts after step 40
+    assert steps["plasticity/critic_srank"] == [50, 100, 130]  # at 0 there is nothing to measure it on
+
+
+@pytest.mark.parametrize(
+    "flags", [["--no-diagnostics"], ["--eval-interval", "70", "--eval-episodes", "1"]], ids=["diagnostics", "evaluation"]
+)
+def test_measuring_never_moves_the_training(script, reference, run_dir, tmp_path, flags):
+    assert life(script, *flags, cwd=tmp_path).code == 0
+    assert_same_agent(run_dir, reference)
+
+    def losses(folder):
+        return {key: value for key, value in scalars(folder).items() if key[0].startswith(("losses/", "charts/"))}
+
+    assert losses(run_dir) == losses(reference)
+
+
+# Interrupted and started again --------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run_dir, tmp_path):
+    deaths = [  # checkpoints at 30, 60, 90, 120; evaluations at 0, 50, 100, 130; encoder updates after 40, 60, ...
+        ("Agent.act", 250, "in the first evaluation, before the first checkpoint"),
+        ("Agent.update_encoder", 31, "from the start to 61, in the second burst of encoder updates"),
+        ("os.replace", 1, "from 60 to 90, the checkpoint written but not renamed"),
+        ("Agent.act", 300, "from 60 to 100, in an evaluation"),
+        ("os.fsync", 2, "from 90 to 100, a row of eval.csv written, but not its TensorBoard values"),
+        ("os.replace", 2, "from 90 over 120 to the end, agent.pt written but not renamed"),
+    ]
+    for name, call, _moment in deaths:
+        assert life(script, cwd=tmp_path, at=(name, call, signal.SIGKILL)).code == -signal.SIGKILL
+    last = command(script, cwd=tmp_path)
+    assert (last.code, last.err) == (0, "")
+    assert "at agent step 120" in last.out
+    assert_same_run(run_dir, reference)
+
+
+def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script, reference, run_dir, tmp_path):
+    stops = [
+        ("Agent.update_encoder", 5, signal.SIGTERM),  # in a burst of 20 encoder updates
+        ("Agent.act", 100, signal.SIGINT),  # in the evaluation at 50
+        ("ReplayBuffer.add", 7, signal.SIGUSR1),  # between two of its steps
+    ]
+    for stop in stops:
+        ended = life(script, cwd=tmp_path, at=stop)
+        assert (ended.code, ended.err) == (RESUME_ME, "")
+        assert "start the same command again" in ended.out.splitlines()[-1]
+    assert life(script, cwd=tmp_path).code == 0
+    assert_same_run(run_dir, reference)
+
+
+def test_a_command_at_scale_1_exits_within_ten_seconds_of_sigterm(script, run_dir, tmp_path):
+    flags = [*TINY, "--width-scale", "1", "--batch-size", "256", "--target-network-frequency", "250"]
+    line = [sys.executable, ROOT / f"{script}.py", *flags, "--eval-interval", "1000", "--log-interval", "1"]
+    child = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())  # at agent step 30; 250 encoder updates follow at 41
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=10)
+    assert child.returncode == RESUME_ME
+    assert "start the same command again" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Hopper-v5", "Pendulum-v1"])
+def test_gymnasium_environments_train_and_resume(script, tmp_path, env_id):
+    flags = ["--env", env_id, "--total-timesteps", "90", "--eval-interval", "45", "--exp-name", "gym"]
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    assert life(script, *flags, cwd=tmp_path / "whole").code == 0
+    killed = life(script, *flags, cwd=tmp_path / "killed", at=("Agent.update_encoder", 33, signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL
+    resumed = life(script, *flags, cwd=tmp_path / "killed")
+    assert (resumed.code, resumed.err) == (0, "")
+    assert "at agent step 60" in resumed.out
+    name = Path("runs", f"{env_id}__gym__1")
+    assert_same_run(tmp_path / "killed" / name, tmp_path / "whole" / name)
+    if env_id == "InvertedPendulum-v5":  # falls within a few steps: the encoder learns from terminations
+        assert scalars(tmp_path / "whole" / name)["losses/encoder_terminal_loss", 90] > 0
+
+
+def test_a_run_moves_with_its_folder(script, reference, interrupted, tmp_path):
+    moved = (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert life(script, "--runs-dir", "elsewhere", cwd=tmp_path).code == 0
+    assert_same_run(moved / interrupted.name, reference)
+
+
+# Run directories ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_changes_no_file(main, finished):
+    with unchanged(finished):
+        ended = main()
+    assert (ended.code, ended.err) == (0, "")
+    assert "is finished" in ended.out
+
+
+def test_other_arguments_are_refused_by_name(main, interrupted):
+    with unchanged(interrupted):
+        ended = main("--gamma", "0.9", "--critic-regime", "sst")
+    assert_one_error(ended, 2, "gamma 0.99 -> 0.9", "critic_regime dst -> sst")
+
+
+def test_a_second_process_on_a_run_directory_is_refused(script, main, run_dir, tmp_path):
+    first = start(script, cwd=tmp_path, at=("Agent.act", 9, signal.SIGSTOP))
+    try:
+        wait_for(lambda: list(run_dir.glob("events.*")))
+        assert_one_error(main(), 1, "another process")
+    finally:
+        first.kill()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "agent.pt"])
+def test_saved_files_hold_tensors_and_plain_values_alone(finished, name):
+    assert isinstance(torch.load(finished / name, weights_only=True), dict)
+
+
+@pytest.mark.parametrize("dump", [pickle.dump, torch.save], ids=["pickle", "torch"])
+def test_a_malicious_checkpoint_runs_no_code(main, interrupted, tmp_path, dump):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+
+    with open(interrupted / "checkpoint.pt", "wb") as file:
+        dump(Malicious(), file)
+    with unchanged(interrupted):
+        assert_one_error(main(), 1, "checkpoint.pt")
+        assert_one_error(main("--eval-only", str(interrupted / "checkpoint.pt")), 1, "checkpoint.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def torn(content, _records):
+    return content[: len(content) // 2]
+
+
+def empty(_content, _records):
+    return b""
+
+
+def flipped(content, records):
+    """One bit of the largest tensor, which is one of the replay buffer."""
+    largest = max(records, key=lambda record: record.file_size)
+    at = largest.header_offset + largest.file_size // 2
+    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+
+
+def of_another_program(_content, _records):
+    return Path(ROOT, "pyproject.toml").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [torn, empty, flipped, of_another_program])
+def test_a_damaged_checkpoint_is_named_and_kept(main, interrupted, damage):
+    path = interrupted / "checkpoint.pt"
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
+    path.write_bytes(damage(path.read_bytes(), records))
+    with unchanged(interrupted):
+        assert_one_error(main(), 1, "checkpoint.pt", "damaged")
+
+
+@pytest.mark.parametrize("content", [{}, {"progress": 1}, torch.zeros(2), 3], ids=repr)
+def test_a_checkpoint_of_something_else_is_named_and_kept(main, interrupted, content):
+    torch.save(content, interrupted / "checkpoint.pt")
+    with unchanged(interrupted):
+        assert_one_error(main(), 1, "checkpoint.pt")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"args": 1}', "\xff"], ids=repr)
+def test_a_damaged_config_is_named_and_kept(main, interrupted, content):
+    (interrupted / "config.json").write_text(content, encoding="latin-1")
+    with unchanged(interrupted):
+        assert_one_error(main(), 1, "config.json")
+
+
+# A full disk and numbers that overflow ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest_file", [1000, 4000, 100_000], ids=["config.json", "TensorBoard", "checkpoint.pt"])
+def test_a_disk_full_at_first_is_an_error_and_then_the_run_resumes(
+    script, reference, run_dir, tmp_path, largest_file
+):
+    assert_one_error(life(script, cwd=tmp_path, largest_file=largest_file), 1, "free some space")
+    assert life(script, cwd=tmp_path).code == 0
+    assert_same_run(run_dir, reference)
+
+
+def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
+    before = (interrupted / "checkpoint.pt").read_bytes()
+    assert_one_error(life(script, cwd=tmp_path, largest_file=len(before)), 1, "checkpoint.pt", "free some space")
+    assert (interrupted / "checkpoint.pt").read_bytes() == before
+    assert not (interrupted / "checkpoint.pt.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "loss"),
+    [
+        (["--encoder-lr", "1e20"], "encoder"),
+        (["--critic-lr", "1e20", "--critic-arch", "1"], "critic"),
+        (["--actor-lr", "1e20", "--actor-arch", "1"], "actor"),
+        (["--critic-lr", "1e8", "--critic-arch", "2", "--topology-update-interval", "1"], "critic"),
+        (["--encoder-lr", "1e8", "--encoder-arch", "2", "--encoder-regime", "dst", "--topology-update-interval", "1"],
+         "encoder"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    script, run_dir, tmp_path, flags, loss
+):
+    ended = life(script, *flags, cwd=tmp_path)
+    assert_one_error(ended, 1, f"losses/{loss}", "at agent step 4", "last good checkpoint")
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["agent_step"] == 30
+    assert all(tensor.isfinite().all() for tensor in checkpoint["agent"]["modules"]["critic"].values())
+
+
+# Playing a trained agent --------------------------------------------------------------------------------------------
+
+
+def test_eval_only_plays_the_agent_of_a_run_the_same_every_time(main, finished):
+    with unchanged(finished):
+        by_folder, by_file = main("--eval-only", str(finished)), main("--eval-only", str(finished / "agent.pt"))
+    assert (by_folder.code, by_folder.err) == (0, "")
+    lines = by_folder.out.splitlines()
+    returns = [float(line.removeprefix(f"episode {i + 1}: return ")) for i, line in enumerate(lines[:-1])]
+    assert len(returns) == 2  # --eval-episodes
+    assert f"mean {np.mean(returns):.1f}" in lines[-1] or abs(np.mean(returns) * 10 % 1 - 0.5) < 0.01
+    assert by_file.out == by_folder.out
+
+
+@pytest.mark.parametrize("path", ["nowhere", "checkpoint.pt", "config.json", ".."])
+def test_eval_only_names_a_path_that_holds_no_agent(main, finished, path):
+    ended = main("--eval-only", str(finished / path))
+    assert_one_error(ended, 1 if path == "config.json" else 2, path.strip("."))
+
+
+# Every regime on every module ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
+@pytest.mark.parametrize("regime", ["dense", "sst", "dst", "s2d", "d2s"])
+def test_every_regime_trains_every_module(name, regime):
+    updates = 20
+    args = mst_mrq.Args(
+        width_scale=0.03, topology_update_interval=4, target_network_frequency=updates,
+        **{f"{module}_regime": "dense" for module in mst_mrq.MODULES} | {f"{name}_regime": regime},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    networks = mst_mrq.make_networks(args, obs_dim=5, action_dim=2)
+    agent = mst_mrq.Agent(args, *networks, updates, torch.Generator().manual_seed(0))
+    sparsifier = agent.sparsifier[name]
+    initial = {key: weight.detach().clone() for key, weight in sparsifier.weights.items()}
+    masks = {key: mask.clone() for key, mask in sparsifier.masks.items()}
+    sparsities = [sparsifier.sparsity()]
+    for _ in range(updates):
+        obs, action = torch.randn(32, 6, 5), torch.rand(32, 5, 2) * 2 - 1
+        batch = mst_mrq.Batch(obs, action, torch.rand(32, 5), torch.zeros(32, 5), torch.arange(32))
+        agent.update_encoder(batch)
+        agent.update_critic_and_actor(batch)
+        sparsities.append(sparsifier.sparsity())
+        for key, mask in sparsifier.masks.items():
+            moments = agent.optimizer[name].state[sparsifier.weights[key]]
+            for tensor in (sparsifier.weights[key], moments["exp_avg"], moments["exp_avg_sq"]):
+                assert not tensor[~mask].any()
+
+    moved = torch.cat([(weight != initial[key]).flatten() for key, weight in sparsifier.weights.items()])
+    active = torch.cat([sparsifier.masks.get(key, torch.ones_like(w) > 0).flatten() for key, w in initial.items()])
+    assert moved[active].float().mean() > 0.9  # a weight behind a ReLU that is never active rests
+    changed = any(not torch.equal(mask, masks[key]) for key, mask in sparsifier.masks.items())
+    assert changed == (regime in ("dst", "s2d", "d2s"))
+    assert sparsifier.topology_updates == (5 if changed else 0)  # every 4 of 20
+    first, last = {"dense": (0, 0), "sst": (0.6, 0.6), "dst": (0.6, 0.6), "s2d": (0.6, 0), "d2s": (0, 0.6)}[regime]
+    assert sparsities[0] == pytest.approx(first, abs=0.01)  # layers hold floor(sparsity * size) zeros
+    assert sparsities[-1] == pytest.approx(last, abs=0.01)
+
+
+def test_config_json_holds_arguments_and_versions(reference):
+    config = json.loads((reference / "config.json").read_text())
+    assert config["args"]["total_timesteps"] == 130
+    assert config["args"]["gamma"] == 0.99  # Table 1
+    assert config["versions"]["torch"] == torch.__version__
