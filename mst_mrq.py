@@ -654,7 +654,10 @@ class Agent:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Actions without noise in [-1, 1], (batch, action_dim), at observations (batch, obs_dim)."""
         obs = torch.as_tensor(obs, dtype=self.reward_scale.dtype, device=self.reward_scale.device)
-        return self.actor(self.encoder.zs(obs))[0].cpu().numpy()
+        action = self.actor(self.encoder.zs(obs))[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            raise FloatingPointError("an action of the actor is not finite")
+        return action
 
     @torch.no_grad()
     def update_targets(self, reward_scale: torch.Tensor, any_terminated: torch.Tensor) -> None:
@@ -876,13 +879,17 @@ def save(path: Path, content: dict) -> None:
         fail(f"cannot write {path} ({error}); free some space and start the same command again to go on")
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict:
+def load(path: Path, *keys: str) -> dict:
     """Read tensors and plain values; a file can hold nothing else, so opening it runs no code."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
+            raise ValueError(f"it lacks {', '.join(keys)}")
+        return content
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy, or delete it to start anew")
+
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -899,25 +906,28 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
+            names = [name for name in names if name != "runs_dir"]  # the folder may have moved
             if names:
                 differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
                 fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
                      "or another --exp-name or --seed for a new run", 2)  # fmt: skip
         else:
-            config_path.write_text(json.dumps({"args": arguments, **provenance()}, indent=2))
+            temporary = config_path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"args": arguments, **provenance()}, indent=2))
+            os.replace(temporary, config_path)
     except BlockingIOError:
         fail(f"{run_dir} is being trained by another process; wait for it, or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         fail(f"{config_path} is damaged; restore a copy of it, or delete {run_dir} to start anew")
-    checkpoint = load(checkpoint_path) if checkpoint_path.exists() else None
+    checkpoint = load(checkpoint_path, "finished", "progress", "files") if checkpoint_path.exists() else None
     length = checkpoint["files"] if checkpoint else {}
     for path in [run_dir / "eval.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name in length:
-            os.truncate(path, min(length[path.name], path.stat().st_size))
-        else:
+        if path.name not in length:
             path.unlink(missing_ok=True)
+        elif path.stat().st_size > length[path.name]:
+            os.truncate(path, length[path.name])
     return run_dir, checkpoint
 
 
@@ -1110,16 +1120,16 @@ def train(args: Args) -> int:
                 raise FloatingPointError(f"a weight of the {name} is not finite")
         writer.flush()
         progress.wall_seconds = earlier_seconds + time.time() - start_time
-        state = {
-            "progress": asdict(progress),
-            "finished": finished,
-            "agent": agent.state_dict(),
-            "exploration": exploration.get_state(),
-            "actions": actions,
-            "files": {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()},
-        }
-        # a finished run needs its replay buffer no more, and hundreds of them fill a disk
-        save(run_dir / "checkpoint.pt", state if finished else state | {"replay_buffer": rb.state_dict()})
+        files = {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()}
+        state = {"finished": finished, "progress": asdict(progress), "files": files}
+        if not finished:  # a finished run needs no more, and hundreds of replay buffers fill a disk
+            state |= {
+                "agent": agent.state_dict(),
+                "replay_buffer": rb.state_dict(),
+                "exploration": exploration.get_state(),
+                "actions": actions,
+            }
+        save(run_dir / "checkpoint.pt", state)
 
     def log_evaluation(returns: np.ndarray, frames: list | None) -> None:
         """One line to `eval.csv` (durable at once), TensorBoard and the log."""
@@ -1247,9 +1257,7 @@ def play(args: Args) -> int:
     path = path / "agent.pt" if path.is_dir() else path
     if not path.exists():
         fail(f"{path} does not exist: --eval-only takes a run directory or the agent.pt of a finished run", 2)
-    saved = load(path)
-    if "args" not in saved:
-        fail(f"{path} is not an agent: --eval-only takes a run directory or the agent.pt of a finished run", 2)
+    saved = load(path, "args", "modules")
     trained = Args(**saved["args"])
     device = torch.device("cuda" if args.cuda else "cpu")
     try:
@@ -1267,7 +1275,10 @@ def play(args: Args) -> int:
         getattr(agent, name).load_state_dict(saved["modules"][name])
     frames = [] if args.capture_video else None
     seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
-    returns = evaluate(agent, envs, seeds, lambda: False, frames)
+    try:
+        returns = evaluate(agent, envs, seeds, lambda: False, frames)
+    except FloatingPointError as error:
+        fail(f"{error}")
     for i, value in enumerate(returns):
         print(f"episode {i + 1}: return {value:.1f}")
     print(f"{trained.env_id}: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}")

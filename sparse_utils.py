@@ -209,9 +209,10 @@ class Sparsifier:
     Build it before loading a checkpoint: it zeroes weights. Masks live on the device that the weights are on now.
 
     Args:
-        module: its 2-D `nn.Linear` weights are masked; biases, norms and all else stay dense.
+        module: its `nn.Linear` weights are masked, each once if shared; biases, norms, reparametrized weights
+            (`torch.nn.utils.parametrizations`) and all else stay dense.
         optimizer: any element-wise one of torch; it must hold these weights. Each of its state tensors that has the
-            shape of a weight (moments, momentum) is kept 0 outside the mask.
+            shape of a weight (moments, momentum) is set to 0 where a connection is dropped or grown.
         sparsity: share of zeros in [0, 1), over the masked weights together.
         distribution: "er", "uniform" or "uniform-dense-output", how the layers share `sparsity`.
         growth: "rigl" (largest gradient) or "set" (random).
@@ -226,8 +227,8 @@ class Sparsifier:
 
     Attributes:
         masks: boolean tensors by parameter name, True where active; empty for "dense".
-        updates: the clock, number of steps so far. A captured CUDA graph does not advance it: after a replay, write
-            `sparsifier.updates += 1`.
+        updates: the clock, number of steps so far. Where a CUDA graph holds `mask_gradients()` in place of `step()`,
+            write `sparsifier.updates += 1` at each replay, and call `step()` whenever `topology_update_due`.
         topology_updates: number of topology updates so far.
         replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
             do not count), as a share of all active after it; 0.0 before the first.
@@ -303,7 +304,7 @@ class Sparsifier:
 
     @property
     def topology_update_due(self) -> bool:
-        """Whether the next `step()` updates the topology: that step syncs with the host, so never capture it."""
+        """Whether the next `step()` updates the topology, which syncs with the host: never capture that step."""
         return self.regime in ("dst", "s2d", "d2s") and (self.updates + 1) % self.update_interval == 0
 
     def step(self) -> None:
@@ -384,7 +385,7 @@ class Sparsifier:
         initial, final = (0.0, self.target_sparsity) if self.regime == "d2s" else (self.target_sparsity, 0.0)
         start, end = self.schedule_start * self.total_updates, self.schedule_end * self.total_updates
         scheduled = scheduled_sparsity(self.updates, initial, final, start, end, self.power)
-        # The share first: a layer whose share is 1 gets eq. 2 to the last bit, as floor() needs it.
+        # The layer's share first: where it is 1, floor() sees eq. 2 to the last bit.
         return sparsity if scheduled == self.target_sparsity else scheduled * (sparsity / self.target_sparsity)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
@@ -50,6 +51,14 @@ def measure(task: str, episodes: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(1e6 * np.array(values) for values in seconds.values())
 
 
+def machine() -> str:
+    try:
+        model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.machine()
+    return f"{model.split(':')[-1].strip()}; {os.cpu_count()} cores"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", help="file to write")
@@ -60,7 +69,7 @@ if __name__ == "__main__":
         raw, ours = measure(task, flags.episodes)
         difference = np.median(ours - raw)
         numbers = [f"{x:.1f}" for x in (np.median(raw), np.median(ours), difference, 100 * difference / np.median(raw))]
-        where = [datetime.date.today(), platform.processor() or platform.machine(), version("dm_control")]
+        where = [datetime.date.today(), machine(), version("dm_control")]
         rows.append([task, *numbers, len(raw), *where, version("mujoco")])
         print(f"{task:<20} dm_control {numbers[0]:>8} us, ours {numbers[1]:>8} us: {numbers[2]} us, {numbers[3]}%")
     if flags.csv:

@@ -4,8 +4,6 @@ import copy
 import io
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sparse_utils as su
 from sparse_utils import Sparsifier, prune_and_grow
 
@@ -476,7 +473,7 @@ def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optim
     for part, state in zip((resumed, resumed_opt, resumed_sparsifier), loaded, strict=True):
         part.load_state_dict(state)
     assert resumed_sparsifier.updates == 13
-    assert resumed_sparsifier.replaced == replaced > 0
+    assert resumed_sparsifier.replaced == replaced  # 0 in d2s, whose dense layers only regrow
     train(resumed, resumed_opt, resumed_sparsifier, 20, seed=1)
 
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
