@@ -290,7 +290,10 @@ def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: b
     """
     choose_mujoco_gl(env_id, render)
     if ":" in env_id or env_id in gym.registry:  # "package:Name-v0" imports the package, which registers the name
-        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        try:
+            env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        except (gym.error.Error, ImportError) as error:
+            raise ValueError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
         actions = env.action_space
         if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1):
             raise ValueError(f"{env_id} has actions {actions}: choose one with a bounded, flat Box of actions")
@@ -869,12 +872,11 @@ def save(path: Path, content: dict) -> None:
     """Write to a temporary file, sync and rename: `path` holds the old or the new content, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
+        torch.save(content, temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps some errors of the file in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError when it cannot write
         temporary.unlink(missing_ok=True)
         fail(f"cannot write {path} ({error}); free some space and start the same command again to go on")
 
@@ -889,7 +891,6 @@ def load(path: Path, *keys: str) -> dict:
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy, or delete it to start anew")
-
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -953,14 +954,15 @@ def validate(args: Args) -> None:
         "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
         "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
     )  # fmt: skip
-    not_negative = ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
+    not_negative = ("seed", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
     ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
     ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
     ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
     ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
     ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
     ranges |= {"max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
-    ranges |= {"buffer_size": (max(args.learning_starts, 2 * args.encoder_horizon) + 1, math.inf)}
+    ranges |= {"learning_starts": (args.encoder_horizon, math.inf)}  # the first update needs a whole window
+    ranges |= {"buffer_size": (args.learning_starts + args.encoder_horizon, math.inf)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -1061,11 +1063,6 @@ def train(args: Args) -> int:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     action_repeat = env.get_wrapper_attr("action_repeat")
 
-    run_dir, checkpoint = (None, None) if args.dry_run else open_run(args)
-    if checkpoint and checkpoint["finished"]:
-        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
-        return 0
-    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     training_steps = max(args.total_timesteps - args.learning_starts, 0)
     rb = make_replay_buffer(args, obs_dim, action_dim, device)
     networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
@@ -1076,6 +1073,11 @@ def train(args: Args) -> int:
     print_table(args, agent, rb)
     if args.dry_run:
         return 0
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"]:
+        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
+        return 0
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     eval_envs = [
         make_env(args.env_id, args.seed, args.action_repeat, render=args.capture_video and i == 0)
         for i in range(args.eval_episodes)

@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,11 +29,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 SCRIPTS = ["mst_mrq"]
-TINY = (
+TINY = shlex.split(
     "--env cartpole-swingup --no-cuda --width-scale 0.03 --total-timesteps 130 --learning-starts 40 --batch-size 16 "
     "--buffer-size 200 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
     "--topology-update-interval 20 --target-network-frequency 20"
-).split()
+)
 RUN = Path("runs", "cartpole-swingup__{}__1")
 
 forkserver = multiprocessing.get_context("forkserver")
