@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -351,6 +352,7 @@ class ReplayBuffer:
     """
 
     ROW = 1024  # priorities are summed row by row in float64, so that sampling stays exact at any size
+    FIELDS = ("obs", "action", "reward", "terminated", "is_transition", "priority")
 
     def __init__(
         self, capacity: int, obs_dim: int, action_dim: int, horizon: int, seed: int, device: torch.device | str = "cpu"
@@ -375,12 +377,8 @@ class ReplayBuffer:
 
     def start_episode(self, obs: np.ndarray) -> None:
         """Store the first observation of an episode."""
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        self._append(obs)
         self.episode_length = 0
-        self.obs[self.position] = torch.from_numpy(obs)
-        for field in (self.action, self.reward, self.terminated, self.is_transition, self.priority):
-            field[self.position] = 0
 
     def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         """Store the step taken from the newest observation, and the observation it led to."""
@@ -388,16 +386,22 @@ class ReplayBuffer:
         self.reward[self.position] = reward
         self.terminated[self.position] = bool(terminated)
         self.is_transition[self.position] = True
-        length = self.episode_length + 1
-        self.start_episode(next_obs)  # the next slot, in the same episode:
-        self.episode_length = length
-        max_priority = self.priority.max().clamp(min=1)
-        if length >= self.horizon:
-            self.priority[(self.position - self.horizon) % self.capacity] = max_priority
+        self._append(next_obs)
+        self.episode_length += 1
+        new_starts = [self.horizon] if self.episode_length >= self.horizon else []  # as steps back from next_obs
         if terminated:
             self.any_terminated.fill_(1)
-            for back in range(1, min(length, self.horizon - 1) + 1):
-                self.priority[(self.position - back) % self.capacity] = max_priority
+            new_starts = range(1, min(self.episode_length, self.horizon) + 1)
+        max_priority = self.priority.max().clamp(min=1)
+        for back in new_starts:
+            self.priority[(self.position - back) % self.capacity] = max_priority
+
+    def _append(self, obs: np.ndarray) -> None:
+        """Store an observation in the next slot, and forget what the slot held."""
+        self.position = (self.position + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+        for name in self.FIELDS:
+            getattr(self, name)[self.position] = torch.from_numpy(obs) if name == "obs" else 0
 
     def sample_index(self, batch_size: int) -> torch.Tensor:
         """Draw starts with replacement, (batch,). Row first, then slot within the row.
@@ -432,8 +436,7 @@ class ReplayBuffer:
         return (self.reward.abs().sum() / self.is_transition.sum()).clamp(min=1e-8)
 
     def state_dict(self) -> dict:
-        fields = ("obs", "action", "reward", "terminated", "is_transition", "priority")
-        used = {name: getattr(self, name)[: self.size] for name in fields}
+        used = {name: getattr(self, name)[: self.size] for name in self.FIELDS}
         if self.size < self.capacity:  # a view would be saved with its whole storage
             used = {name: field.clone() for name, field in used.items()}
         counters = {name: getattr(self, name) for name in ("position", "size", "episode_length")}
@@ -442,7 +445,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict) -> None:
         for name in ("position", "size", "episode_length"):
             setattr(self, name, state[name])
-        for name in ("obs", "action", "reward", "terminated", "is_transition", "priority"):
+        for name in self.FIELDS:
             getattr(self, name)[: self.size] = state[name]
         self.any_terminated.copy_(state["any_terminated"])
         self.generator.set_state(state["generator"])
@@ -677,12 +680,12 @@ class Agent:
 
         Returns the norm of the gradient after masking, before clipping.
         """
-        self.optimizer[name].zero_grad()
-        loss.backward(inputs=list(getattr(self, name).parameters()))  # computes no gradient of the other modules
-        if self.sparsifier[name].topology_update_due and not loss.isfinite():
-            raise FloatingPointError(f"losses/{name}_loss is {loss.item()}")
-        self.sparsifier[name].step()
         parameters = list(getattr(self, name).parameters())
+        self.optimizer[name].zero_grad()
+        loss.backward(inputs=parameters)  # computes no gradient of the other modules
+        if self.sparsifier[name].topology_update_due and not all(p.grad.isfinite().all() for p in parameters):
+            raise FloatingPointError(f"losses/{name}_loss is {loss.item()}, with a gradient that is not finite")
+        self.sparsifier[name].step()
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if max_norm < math.inf:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -884,6 +887,9 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, *keys: str) -> dict:
     """Read tensors and plain values; a file can hold nothing else, so opening it runs no code."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums that torch.save wrote
+            if broken := file.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not content.keys() >= set(keys):
             raise ValueError(f"it lacks {', '.join(keys)}")
@@ -1090,7 +1096,7 @@ def train(args: Args) -> int:
         agent.load_state_dict(checkpoint["agent"])
         rb.load_state_dict(checkpoint["replay_buffer"])
         exploration.set_state(checkpoint["exploration"])
-        actions = checkpoint["actions"]
+        actions = list(checkpoint["actions"])
         print(f"resuming {run_dir} at agent step {progress.agent_step:,}")
     obs = replay_episode(env, episode_seed(args.seed, 0, progress.episode), [action.numpy() for action in actions])
     if not checkpoint:
@@ -1124,12 +1130,14 @@ def train(args: Args) -> int:
         progress.wall_seconds = earlier_seconds + time.time() - start_time
         files = {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()}
         state = {"finished": finished, "progress": asdict(progress), "files": files}
-        if not finished:  # a finished run needs no more, and hundreds of replay buffers fill a disk
+        if finished:  # it needs no more, and hundreds of replay buffers would fill a disk
+            save(run_dir / "agent.pt", {"args": asdict(args), **agent.policy_state_dict()})
+        else:
             state |= {
                 "agent": agent.state_dict(),
                 "replay_buffer": rb.state_dict(),
                 "exploration": exploration.get_state(),
-                "actions": actions,
+                "actions": torch.stack(actions) if actions else torch.zeros(0, action_dim),
             }
         save(run_dir / "checkpoint.pt", state)
 
@@ -1237,7 +1245,6 @@ def train(args: Args) -> int:
                 bar.close()
                 print(f"stopped at agent step {progress.agent_step:,}; start the same command again to go on")
                 return RESUME_ME
-        save(run_dir / "agent.pt", {"args": asdict(args), **agent.policy_state_dict()})
         save_checkpoint(finished=True)
         writer.close()
     except FloatingPointError as error:

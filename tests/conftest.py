@@ -31,7 +31,7 @@ import torch  # noqa: E402
 SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
     "--env cartpole-swingup --no-cuda --width-scale 0.03 --total-timesteps 130 --learning-starts 40 --batch-size 16 "
-    "--buffer-size 200 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
+    "--buffer-size 100 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
     "--topology-update-interval 20 --target-network-frequency 20"
 )
 RUN = Path("runs", "cartpole-swingup__{}__1")
