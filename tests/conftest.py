@@ -20,14 +20,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a tiny network gains nothing from threads
-os.environ.setdefault("MUJOCO_GL", "disable")
+import pytest
+import torch
+
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine made these tests 70 times slower
+
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
 SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
     "--env cartpole-swingup --no-cuda --width-scale 0.03 --total-timesteps 130 --learning-starts 40 --batch-size 16 "
@@ -35,6 +33,7 @@ TINY = shlex.split(
     "--topology-update-interval 20 --target-network-frequency 20"
 )
 RUN = Path("runs", "cartpole-swingup__{}__1")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*SCRIPTS, "dm_control.suite", "gymnasium.envs.mujoco", "torch._dynamo"])
@@ -52,7 +51,8 @@ class Ended:
 def command(script: str, *flags: str, cwd: Path) -> Ended:
     """Run `python <script>.py` with the tiny arguments and `flags` to its end."""
     line = [sys.executable, str(ROOT / f"{script}.py"), *TINY, *flags]
-    child = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    environ = os.environ | ENVIRONMENT
+    child = subprocess.run(line, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False)
     return Ended(child.returncode, child.stdout, child.stderr)
 
 
@@ -64,13 +64,18 @@ def life(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_f
     """
     child = start(script, *flags, cwd=cwd, at=at, largest_file=largest_file)
     child.join(300)
-    return Ended(child.exitcode, Path(cwd, "stdout").read_text(), Path(cwd, "stderr").read_text())
+    code = child.exitcode
+    child.kill()  # if it hangs: then the code is None
+    return Ended(code, Path(cwd, "stdout").read_text(), Path(cwd, "stderr").read_text())
 
 
 def start(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_file: int | None = None):
     """`life()` without waiting for its end."""
     child = forkserver.Process(target=_main, args=(script, flags, cwd, at, largest_file))
-    child.start()
+    with pytest.MonkeyPatch.context() as patch:  # for the server, which the first child starts
+        for name, value in {**ENVIRONMENT, "MUJOCO_GL": "disable"}.items():
+            patch.setenv(name, value)
+        child.start()
     return child
 
 

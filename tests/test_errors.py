@@ -81,6 +81,7 @@ def test_learning_that_starts_before_a_window_is_complete_is_refused(main):
     assert_one_error(main("--learning-starts", "0"), 2, "--learning-starts")
 
 
+@pytest.mark.filterwarnings("ignore:.*out of date")
 @pytest.mark.parametrize(
     ("env_id", "hint"),
     [

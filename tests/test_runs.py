@@ -4,6 +4,7 @@ Runs are real processes (see conftest.py). What a run must give is what an unint
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ENVIRONMENT,
     ROOT,
     RUN,
     TINY,
@@ -148,10 +150,13 @@ def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script,
 def test_a_command_at_scale_1_exits_within_ten_seconds_of_sigterm(script, run_dir, tmp_path):
     flags = [*TINY, "--width-scale", "1", "--batch-size", "256", "--target-network-frequency", "250"]
     line = [sys.executable, ROOT / f"{script}.py", *flags, "--eval-interval", "1000", "--log-interval", "1"]
-    child = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: (run_dir / "checkpoint.pt").exists())  # at agent step 30; 250 encoder updates follow at 41
-    child.send_signal(signal.SIGTERM)
-    out, _ = child.communicate(timeout=10)
+    with subprocess.Popen(line, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            wait_for((run_dir / "checkpoint.pt").exists)  # at agent step 30; 250 encoder updates follow at 41
+            child.send_signal(signal.SIGTERM)
+            out, _ = child.communicate(timeout=10)
+        finally:
+            child.kill()
     assert child.returncode == RESUME_ME
     assert "start the same command again" in out.splitlines()[-1]
 

@@ -1,0 +1,58 @@
+"""Kill one run with `kill -9` at random moments, and compare it bit for bit with an uninterrupted run.
+
+    OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py --kills 10
+
+Starts `mst_mrq.py` with the same arguments in two temporary folders: once uninterrupted, once killed after a random
+time and started again, until it was killed often enough, and then to its end. Prints every death and the verdict.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import assert_same_run, evaluations, scalars
+
+FLAGS = """
+    --env cartpole-swingup --no-cuda --width-scale 0.0625 --batch-size 64 --total-timesteps 4000 --learning-starts 1000
+    --eval-interval 500 --eval-episodes 2 --checkpoint-interval 100 --buffer-size 5000 --topology-update-interval 100
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    line = [sys.executable, ROOT / "mst_mrq.py", *FLAGS.split()]
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10, help="how often the run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    flags = parser.parse_args()
+    moments = random.Random(flags.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        begin = time.time()
+        start(whole).communicate()
+        seconds = time.time() - begin
+        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        for kill in range(1, flags.kills + 1):
+            child = start(killed)
+            alive = moments.uniform(0, 0.2 * seconds)  # longer than a start takes, so that the run moves on
+            try:
+                child.communicate(timeout=alive)
+                raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")
+            except subprocess.TimeoutExpired:
+                child.kill()
+            resumed = [line for line in child.communicate()[0].splitlines() if line.startswith("resuming")]
+            print(f"kill {kill:2} after {alive:5.1f} s, {resumed[0] if resumed else 'not resumed'}", flush=True)
+        start(killed).communicate()
+        (a,), (b,) = whole.glob("runs/*"), killed.glob("runs/*")
+        assert_same_run(a, b)
+        print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} TensorBoard values, agent.pt")
