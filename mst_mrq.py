@@ -619,7 +619,7 @@ class Agent:
         self, args: Args, encoder: Encoder, critic: Critic, actor: Actor, training_steps: int,
         generator: torch.Generator,
     ):  # fmt: skip
-        self.args, self.generator = args, generator
+        self.args, self.generator, self.device = args, generator, generator.device
         self.encoder, self.critic, self.actor = encoder, critic, actor
         like = next(encoder.parameters())
         self.two_hot = TwoHot(like.device, like.dtype)
@@ -659,11 +659,35 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Actions without noise in [-1, 1], (batch, action_dim), at observations (batch, obs_dim)."""
-        obs = torch.as_tensor(obs, dtype=self.reward_scale.dtype, device=self.reward_scale.device)
+        obs = torch.as_tensor(obs, dtype=self.reward_scale.dtype, device=self.device)
         action = self.actor(self.encoder.zs(obs))[0].cpu().numpy()
         if not np.isfinite(action).all():
             raise FloatingPointError("an action of the actor is not finite")
         return action
+
+    def explore(self, obs: np.ndarray, uniform: bool, generator: torch.Generator) -> torch.Tensor:
+        """One action (action_dim,) at obs (obs_dim,): uniformly random, or the policy's with Gaussian noise."""
+        action_dim = self.actor.mlp.output.out_features
+        if uniform:
+            return torch.rand(action_dim, generator=generator) * 2 - 1
+        noise = self.args.exploration_noise * torch.randn(action_dim, generator=generator)
+        return (torch.from_numpy(self.act(obs[None])[0]) + noise).clamp(-1, 1)
+
+    def train_step(self, rb: ReplayBuffer, stopped: Callable[[], bool]) -> bool:
+        """One update of critic and actor. Every 250 of them, first the target copies and as many encoder updates.
+
+        Returns False if it was stopped within the encoder updates; the next call goes on with them.
+        """
+        step, frequency = self.sparsifier["critic"].updates, self.args.target_network_frequency
+        if self.sparsifier["encoder"].updates == step:
+            self.update_targets(rb.reward_scale(), rb.any_terminated)
+        while self.sparsifier["encoder"].updates < (step // frequency + 1) * frequency:
+            self.update_encoder(rb.sample(self.args.batch_size, self.device))
+            if stopped():
+                return False
+        batch = rb.sample(self.args.batch_size, self.device)
+        rb.update_priority(batch.index, self.update_critic_and_actor(batch))
+        return True
 
     @torch.no_grad()
     def update_targets(self, reward_scale: torch.Tensor, any_terminated: torch.Tensor) -> None:
@@ -770,6 +794,10 @@ class Agent:
             "masks": {name: sparsifier.masks for name, sparsifier in self.sparsifier.items()},
         }
 
+    def load_policy_state_dict(self, state: dict) -> None:
+        for name in MODULES:
+            getattr(self, name).load_state_dict(state["modules"][name])
+
     def load_state_dict(self, state: dict) -> None:
         for name, module_state in state["modules"].items():
             getattr(self, name).load_state_dict(module_state)
@@ -780,6 +808,13 @@ class Agent:
             getattr(self, name).copy_(state[name])
         self.metrics = dict(state["metrics"])
         self.generator.set_state(state["generator"])
+
+
+def make_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
+    torch.manual_seed(args.seed)
+    networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
+    training_steps = max(args.total_timesteps - args.learning_starts, 0)
+    return Agent(args, *networks, training_steps, torch.Generator(device).manual_seed(args.seed))
 
 
 def n_step_return(
@@ -834,7 +869,7 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
         return {}
     generator = torch.Generator().manual_seed(seed)
     batch = rb.windows(starts[torch.randint(len(starts), (256,), generator=generator).to(starts.device)])
-    obs, action = (x[:, 0].to(agent.reward_scale.device) for x in (batch.obs, batch.action))
+    obs, action = (x[:, 0].to(agent.device) for x in (batch.obs, batch.action))
     hidden: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
     hooks = [
         layer.register_forward_hook(lambda layer, inputs, output, name=name: hidden[name].append(output))
@@ -1038,7 +1073,7 @@ def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
         total, total_active = total + parameters, total_active + active
     print(f"{'agent':<10}{'':>13}{total:>14,}{total_active:>14,}   (without the predictor)")
     gib = ReplayBuffer.nbytes(rb.capacity, rb.obs.shape[1], rb.action.shape[1]) / 2**30
-    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.reward_scale.device}")
+    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.device}")
 
 
 @dataclass
@@ -1047,7 +1082,6 @@ class Progress:
 
     agent_step: int = 0
     phase: Literal["act", "train", "evaluate"] = "evaluate"
-    encoder_updates_left: int = 0
     episode: int = 0
     episode_return: float = 0.0
     wall_seconds: float = 0.0
@@ -1059,7 +1093,6 @@ def train(args: Args) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if args.cuda else "cpu")
-    torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     try:
         choose_mujoco_gl(args.env_id, args.capture_video)
@@ -1069,11 +1102,9 @@ def train(args: Args) -> int:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     action_repeat = env.get_wrapper_attr("action_repeat")
 
-    training_steps = max(args.total_timesteps - args.learning_starts, 0)
     rb = make_replay_buffer(args, obs_dim, action_dim, device)
-    networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
     try:
-        agent = Agent(args, *networks, training_steps, torch.Generator(device).manual_seed(args.seed))
+        agent = make_agent(args, obs_dim, action_dim, device)
     except ValueError as error:
         fail(str(error), 2)
     print_table(args, agent, rb)
@@ -1120,7 +1151,15 @@ def train(args: Args) -> int:
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     del checkpoint  # its replay buffer may be large
     start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
-    bar = tqdm(total=args.total_timesteps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=args.total_timesteps, initial=start_step, unit="step", miniters=0, mininterval=0.5,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+
+    def stopped() -> bool:
+        """Whether a signal came. Asked often, so it also keeps the bar's clock running."""
+        bar.update(0)
+        return stop.is_set()
 
     def save_checkpoint(finished: bool = False) -> None:
         for name in MODULES:
@@ -1171,6 +1210,12 @@ def train(args: Args) -> int:
         sys.stdout.flush()
         bar.set_postfix_str(f"return {mean:.1f}")
 
+    def log_training() -> None:
+        for name, value in agent.metrics.items():
+            writer.add_scalar(name, value.item(), progress.agent_step)
+        sps = (progress.agent_step - start_step) / (time.time() - start_time)
+        writer.add_scalar("charts/SPS", sps, progress.agent_step)
+
     def check_finite() -> None:
         values = torch.stack(list(agent.metrics.values())).tolist()
         for name, value in zip(agent.metrics, values, strict=True):
@@ -1181,11 +1226,7 @@ def train(args: Args) -> int:
         while progress.agent_step < args.total_timesteps or progress.phase != "act":
             if progress.phase == "act":
                 # ALGO LOGIC: put action logic here
-                if progress.agent_step < args.learning_starts:
-                    action = torch.rand(action_dim, generator=exploration) * 2 - 1
-                else:
-                    noise = args.exploration_noise * torch.randn(action_dim, generator=exploration)
-                    action = (torch.from_numpy(agent.act(obs[None])[0]) + noise).clamp(-1, 1)
+                action = agent.explore(obs, progress.agent_step < args.learning_starts, exploration)
 
                 # TRY NOT TO MODIFY: execute the game and store the transition
                 obs, reward, terminated, truncated, _ = env.step(action.numpy())
@@ -1199,31 +1240,16 @@ def train(args: Args) -> int:
                     progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
                     obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
                     rb.start_episode(obs)
-
-                # ALGO LOGIC: every 250 training steps, copy the targets and train the encoder for as many updates
-                trained = progress.agent_step - args.learning_starts - 1  # critic and actor updates so far
-                if trained >= 0 and trained % args.target_network_frequency == 0:
-                    agent.update_targets(rb.reward_scale(), rb.any_terminated)
-                    progress.encoder_updates_left = args.target_network_frequency
                 progress.phase = "train"
-                bar.update()
 
             if progress.phase == "train":
                 # ALGO LOGIC: training
-                while progress.encoder_updates_left and not stop.is_set():
-                    agent.update_encoder(rb.sample(args.batch_size, device))
-                    progress.encoder_updates_left -= 1
-                    bar.set_description(f"{progress.encoder_updates_left:3} encoder updates left")
-                if not progress.encoder_updates_left:
-                    if progress.agent_step > args.learning_starts:
-                        batch = rb.sample(args.batch_size, device)
-                        rb.update_priority(batch.index, agent.update_critic_and_actor(batch))
-                        check_finite()
-                    if agent.metrics and progress.agent_step % args.log_interval == 0:
-                        for name, value in agent.metrics.items():
-                            writer.add_scalar(name, value.item(), progress.agent_step)
-                        sps = (progress.agent_step - start_step) / (time.time() - start_time)
-                        writer.add_scalar("charts/SPS", sps, progress.agent_step)
+                if progress.agent_step <= args.learning_starts:
+                    progress.phase = "evaluate"
+                elif agent.train_step(rb, stopped):
+                    check_finite()
+                    if progress.agent_step % args.log_interval == 0:
+                        log_training()
                     progress.phase = "evaluate"
 
             if progress.phase == "evaluate" and not stop.is_set():
@@ -1231,7 +1257,7 @@ def train(args: Args) -> int:
                     bar.set_description("evaluating")
                     seeds = [episode_seed(args.seed, 1, progress.agent_step, i) for i in range(args.eval_episodes)]
                     frames = [] if args.capture_video else None
-                    returns = evaluate(agent, eval_envs, seeds, stop.is_set, frames)
+                    returns = evaluate(agent, eval_envs, seeds, stopped, frames)
                     if returns is not None:
                         log_evaluation(returns, frames)
                         bar.set_description("")
@@ -1239,6 +1265,7 @@ def train(args: Args) -> int:
                 else:
                     progress.phase = "act"
 
+            bar.update(progress.agent_step - bar.n)
             if stop.is_set() or (progress.phase == "act" and progress.agent_step % args.checkpoint_interval == 0):
                 save_checkpoint()
             if stop.is_set():
@@ -1278,10 +1305,8 @@ def play(args: Args) -> int:
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    networks = (module.to(device) for module in make_networks(trained, obs_dim, action_dim))
-    agent = Agent(trained, *networks, 1, torch.Generator(device))
-    for name in MODULES:
-        getattr(agent, name).load_state_dict(saved["modules"][name])
+    agent = make_agent(trained, obs_dim, action_dim, device)
+    agent.load_policy_state_dict(saved)
     frames = [] if args.capture_video else None
     seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
     try:

@@ -39,12 +39,15 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         begin = time.time()
-        start(whole).communicate()
+        child = start(whole)
+        child.stdout.readline()  # the table of networks
+        startup = time.time() - begin
+        child.communicate()
         seconds = time.time() - begin
-        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        print(f"uninterrupted: {seconds:.0f} s, of which {startup:.0f} s to start", flush=True)
         for kill in range(1, flags.kills + 1):
             child = start(killed)
-            alive = moments.uniform(0, 0.2 * seconds)  # longer than a start takes, so that the run moves on
+            alive = moments.uniform(0, startup + 0.15 * (seconds - startup))
             try:
                 child.communicate(timeout=alive)
                 raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")

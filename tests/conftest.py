@@ -28,8 +28,8 @@ torch.set_num_threads(1)  # threads that wait for each other on a busy machine m
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
-    "--env cartpole-swingup --no-cuda --width-scale 0.03 --total-timesteps 130 --learning-starts 40 --batch-size 16 "
-    "--buffer-size 100 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
+    "--env cartpole-swingup --action-repeat 10 --no-cuda --width-scale 0.03 --total-timesteps 130 "
+    "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
     "--topology-update-interval 20 --target-network-frequency 20"
 )
 RUN = Path("runs", "cartpole-swingup__{}__1")

@@ -85,7 +85,7 @@ def test_two_runs_of_one_command_give_the_same_bits(script, reference, run_dir, 
 
 def test_a_run_logs_every_evaluation_and_the_losses_of_every_interval(reference):
     assert [row[:2] for row in evaluations(reference)] == [
-        ["agent_step", "env_step"], ["0", "0"], ["50", "100"], ["100", "200"], ["130", "260"],
+        ["agent_step", "env_step"], ["0", "0"], ["50", "500"], ["100", "1000"], ["130", "1300"],
     ]  # fmt: skip
     steps = {}
     for tag, step in scalars(reference):
@@ -114,12 +114,13 @@ def test_measuring_never_moves_the_training(script, reference, run_dir, tmp_path
 
 
 def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run_dir, tmp_path):
-    # Checkpoints at 30, 60, 90 and 120, evaluations at 0, 50, 100 and 130, 20 encoder updates after 40, 60, ...
+    # Checkpoints at 30, 60, 90 and 120, evaluations at 0, 50, 100 and 130 (100 calls of act each), 20 encoder updates
+    # after 40, 60, ..., the episode ends at 100
     deaths = [  # call of a function, then what is on disk: step of the checkpoint, evaluations
-        ("Agent.act", 250, None, 0),  # in the first evaluation
+        ("Agent.act", 50, None, 0),  # in the first evaluation
         ("Agent.update_encoder", 31, 60, 2),  # in the second burst of encoder updates
         ("os.replace", 1, 60, 2),  # the checkpoint of 90 is written, but not renamed
-        ("Agent.act", 300, 90, 2),  # in the evaluation at 100
+        ("Agent.act", 90, 90, 2),  # in the evaluation at 100
         ("os.fsync", 1, 90, 3),  # that evaluation is in eval.csv, but not in TensorBoard
         ("os.replace", 2, 120, 4),  # agent.pt is written, but not renamed
     ]
@@ -136,7 +137,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run
 def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script, reference, run_dir, tmp_path):
     stops = [
         ("Agent.update_encoder", 5, signal.SIGTERM),  # in a burst of 20 encoder updates
-        ("Agent.act", 100, signal.SIGINT),  # in the evaluation at 50
+        ("Agent.act", 60, signal.SIGINT),  # in the evaluation at 50
         ("ReplayBuffer.add", 7, signal.SIGUSR1),  # between two of its steps
     ]
     for stop in stops:
