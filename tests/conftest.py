@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
     "--env cartpole-swingup --action-repeat 10 --no-cuda --width-scale 0.03 --total-timesteps 130 "
-    "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 --checkpoint-interval 30 --log-interval 10 "
-    "--topology-update-interval 20 --target-network-frequency 20"
+    "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
+    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20 --target-network-frequency 20"
 )
 RUN = Path("runs", "cartpole-swingup__{}__1")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
