@@ -186,7 +186,7 @@ class Args:
     """end of the sparsity schedule as a share of training (default: 0.8 for d2s, 1 for s2d)"""
 
 
-# ENVIRONMENT: dm_control tasks and Gymnasium ids, actions in [-1, 1], flat float32 observations
+# COMMON TO ALL SCRIPTS: environment. dm_control tasks and Gymnasium ids, actions in [-1, 1], flat float32 observations
 def choose_mujoco_gl(env_id: str, render: bool) -> None:
     """Set MUJOCO_GL, unless it is set. MuJoCo reads it at its first import, so one choice holds for the whole process.
 
@@ -451,6 +451,9 @@ class ReplayBuffer:
         self.generator.set_state(state["generator"])
 
 
+# END OF COMMON
+
+
 # ALGO LOGIC: networks (Appendix C)
 def weight_init(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear):
@@ -620,6 +623,7 @@ class Agent:
         generator: torch.Generator,
     ):  # fmt: skip
         self.args, self.generator, self.device = args, generator, generator.device
+        self.horizon = args.encoder_horizon  # of the replay buffer's windows
         self.encoder, self.critic, self.actor = encoder, critic, actor
         like = next(encoder.parameters())
         self.two_hot = TwoHot(like.device, like.dtype)
@@ -829,34 +833,6 @@ def n_step_return(
     return (discount * alive[:, :-1] * reward[:, :steps]).sum(1), alive[:, -1]
 
 
-# EVALUATION: fresh random state and environments of its own, so that it never changes the training
-def episode_seed(*key: int) -> int:
-    """The seed of an episode, from the run's seed and the episode's place in the run."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def evaluate(
-    agent: Agent, envs: list[gym.Env], seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
-) -> np.ndarray | None:
-    """Returns of one episode per environment, played side by side without noise; None if stopped on the way.
-
-    The pictures of the first episode are appended to `frames`, if given.
-    """
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
-    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
-    while running.any():
-        if stopped():
-            return None
-        if frames is not None and running[0]:
-            frames.append(envs[0].render())
-        actions = agent.act(obs)
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i] += reward
-            running[i] = not (terminated or truncated)
-    return returns
-
-
 @torch.no_grad()
 def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     """Pathologies of each module on 256 uniformly drawn transitions (section 3, Figs. 3, 7 and 10).
@@ -897,7 +873,88 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     return metrics
 
 
-# CHECKPOINTS AND RUN DIRECTORY
+def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
+    print(f"{'module':<10}{'type':>5}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
+    total = total_active = 0
+    for name in MODULES:
+        module, sparsifier = getattr(agent, name), agent.sparsifier[name]
+        head = sum(p.numel() for p in module.predictor.parameters()) if name == "encoder" else 0
+        parameters = sum(p.numel() for p in module.parameters()) - head
+        active = parameters - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
+        arch, regime = getattr(args, f"{name}_arch"), getattr(args, f"{name}_regime")
+        print(f"{name:<10}{arch:>5}{regime:>8}{parameters:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
+        if head:
+            print(f"{'predictor':<10}{'':>5}{'dense':>8}{head:>14,}{head:>14,}{0:>10.4f}")
+        total, total_active = total + parameters, total_active + active
+    print(f"{'agent':<10}{'':>13}{total:>14,}{total_active:>14,}   (without the predictor)")
+    gib = ReplayBuffer.nbytes(rb.capacity, rb.obs.shape[1], rb.action.shape[1]) / 2**30
+    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.device}")
+
+
+def validate(args: Args) -> None:
+    """Stop with exit code 2 at the first argument out of range."""
+    positive = (
+        "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
+        "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
+    )  # fmt: skip
+    not_negative = ("seed", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
+    ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
+    ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
+    ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
+    ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
+    ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
+    ranges |= {"max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
+    ranges |= {"learning_starts": (args.encoder_horizon, math.inf)}  # the first update needs a whole window
+    ranges |= {"buffer_size": (args.learning_starts + args.encoder_horizon, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} is out of range: choose a value from {low:g} to {high:g}", 2)
+    if args.q_horizon > args.encoder_horizon:
+        fail("--q-horizon is larger than --encoder-horizon: windows of the replay buffer have encoder_horizon steps", 2)
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda was given but torch sees no GPU: install a CUDA build of torch, or train with --no-cuda", 2)
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs wandb: pip install wandb", 2)
+    if args.capture_video:
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            fail("--capture-video needs imageio: pip install 'imageio[ffmpeg]'", 2)
+
+
+# COMMON TO ALL SCRIPTS: evaluation, with episode seeds and environments of its own so that it never moves the training
+def episode_seed(*key: int) -> int:
+    """The seed of an episode, from the run's seed and the episode's place in the run."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def evaluate(
+    agent: Agent, envs: list[gym.Env], seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
+) -> np.ndarray | None:
+    """Returns of one episode per environment, played side by side without noise; None if stopped on the way.
+
+    The pictures of the first episode are appended to `frames`, if given.
+    """
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
+    while running.any():
+        if stopped():
+            return None
+        if frames is not None and running[0]:
+            frames.append(envs[0].render())
+        actions = agent.act(obs)
+        for i in np.flatnonzero(running):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            running[i] = not (terminated or truncated)
+    return returns
+
+
+# Checkpoints and run directory
 RESUME_ME = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start the same command again
 
 
@@ -989,41 +1046,6 @@ def provenance() -> dict:
     return {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
 
 
-def validate(args: Args) -> None:
-    """Stop with exit code 2 at the first argument out of range."""
-    positive = (
-        "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
-        "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
-    )  # fmt: skip
-    not_negative = ("seed", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
-    ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
-    ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
-    ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
-    ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
-    ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
-    ranges |= {"max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
-    ranges |= {"learning_starts": (args.encoder_horizon, math.inf)}  # the first update needs a whole window
-    ranges |= {"buffer_size": (args.learning_starts + args.encoder_horizon, math.inf)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is out of range: choose a value from {low:g} to {high:g}", 2)
-    if args.q_horizon > args.encoder_horizon:
-        fail("--q-horizon is larger than --encoder-horizon: windows of the replay buffer have encoder_horizon steps", 2)
-    if args.cuda and not torch.cuda.is_available():
-        fail("--cuda was given but torch sees no GPU: install a CUDA build of torch, or train with --no-cuda", 2)
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs wandb: pip install wandb", 2)
-    if args.capture_video:
-        try:
-            import imageio_ffmpeg  # noqa: F401
-        except ImportError:
-            fail("--capture-video needs imageio: pip install 'imageio[ffmpeg]'", 2)
-
-
 def memory_size(device: torch.device) -> int:
     """Free bytes of a GPU, or bytes of the machine or of the control group that a cluster's job runs in."""
     if device.type == "cuda":
@@ -1040,7 +1062,7 @@ def memory_size(device: torch.device) -> int:
     return size
 
 
-def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
+def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, horizon: int, device: torch.device) -> ReplayBuffer:
     """On the training device where it fits beside the networks, else in main memory."""
     nbytes = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
     if device.type == "cuda" and nbytes > 0.7 * memory_size(device):
@@ -1048,7 +1070,7 @@ def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.
     if nbytes > memory_size(device):
         fail(f"a replay buffer of {args.buffer_size:,} steps needs {nbytes / 2**30:.1f} GiB, and there are "
              f"{memory_size(device) / 2**30:.1f} GiB of memory: choose a smaller --buffer-size", 2)  # fmt: skip
-    return ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.encoder_horizon, args.seed, device)
+    return ReplayBuffer(args.buffer_size, obs_dim, action_dim, horizon, args.seed, device)
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
@@ -1056,24 +1078,6 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
     path.parent.mkdir(exist_ok=True)
     imageio.mimwrite(path, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
-
-
-def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
-    print(f"{'module':<10}{'type':>5}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
-    total = total_active = 0
-    for name in MODULES:
-        module, sparsifier = getattr(agent, name), agent.sparsifier[name]
-        head = sum(p.numel() for p in module.predictor.parameters()) if name == "encoder" else 0
-        parameters = sum(p.numel() for p in module.parameters()) - head
-        active = parameters - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
-        arch, regime = getattr(args, f"{name}_arch"), getattr(args, f"{name}_regime")
-        print(f"{name:<10}{arch:>5}{regime:>8}{parameters:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
-        if head:
-            print(f"{'predictor':<10}{'':>5}{'dense':>8}{head:>14,}{head:>14,}{0:>10.4f}")
-        total, total_active = total + parameters, total_active + active
-    print(f"{'agent':<10}{'':>13}{total:>14,}{total_active:>14,}   (without the predictor)")
-    gib = ReplayBuffer.nbytes(rb.capacity, rb.obs.shape[1], rb.action.shape[1]) / 2**30
-    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.device}")
 
 
 @dataclass
@@ -1102,11 +1106,11 @@ def train(args: Args) -> int:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     action_repeat = env.get_wrapper_attr("action_repeat")
 
-    rb = make_replay_buffer(args, obs_dim, action_dim, device)
     try:
         agent = make_agent(args, obs_dim, action_dim, device)
     except ValueError as error:
         fail(str(error), 2)
+    rb = make_replay_buffer(args, obs_dim, action_dim, agent.horizon, device)
     print_table(args, agent, rb)
     if args.dry_run:
         return 0
