@@ -1209,7 +1209,7 @@ def train(args: Args) -> int:
         if frames:
             write_video(run_dir / "videos" / f"agent_step_{step}.mp4", frames)
         sps = (step - start_step) / seconds
-        left = f"{(args.total_timesteps - step) / sps / 3600:.1f} h left" if sps else ""
+        left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if sps else ""
         tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
         sys.stdout.flush()
         bar.set_postfix_str(f"return {mean:.1f}")

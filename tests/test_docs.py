@@ -1,5 +1,6 @@
 """The README's code runs, and the documented metrics are those that a run logs."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,20 @@ def test_the_readmes_training_loop_runs(capsys):
     exec(snippet, {})
     # 500 steps, a topology update every 100; 0.6 of 65 * 512 + 512 * 512 weights, one count rounded down per layer
     assert capsys.readouterr().out == "sparsity 0.600 after 5 topology updates\n"
+
+
+COMMANDS = [
+    line.split() for line in re.findall(r"^    python (mst_.*)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_readmes_commands_start(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [*command, *([] if "--dry-run" in command else ["--dry-run"])])
+    assert importlib.import_module(command[0].removesuffix(".py")).main() == 0
+    if "--scale 5" in " ".join(command):
+        assert "371,147,560" in capsys.readouterr().out  # the whole agent on dog, without the predictor
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/mst_mrq.md", "docs/sparse_utils.md"])
