@@ -1001,7 +1001,13 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
     arguments = asdict(args)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
+        lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{run_dir} is being trained by another process; wait for it, or choose another --exp-name or --seed")
+        except OSError:  # a file system without locks
+            pass
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
@@ -1014,8 +1020,6 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
             temporary = config_path.with_suffix(".tmp")
             temporary.write_text(json.dumps({"args": arguments, **provenance()}, indent=2))
             os.replace(temporary, config_path)
-    except BlockingIOError:
-        fail(f"{run_dir} is being trained by another process; wait for it, or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     except (ValueError, KeyError, TypeError):
