@@ -805,9 +805,10 @@ class Agent:
     def load_state_dict(self, state: dict) -> None:
         for name, module_state in state["modules"].items():
             getattr(self, name).load_state_dict(module_state)
-        for name in MODULES:
-            self.optimizer[name].load_state_dict(state["optimizer"][name])
-            self.sparsifier[name].load_state_dict(state["sparsifier"][name])
+        for name, optimizer in self.optimizer.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        for name, sparsifier in self.sparsifier.items():
+            sparsifier.load_state_dict(state["sparsifier"][name])
         for name in ("reward_scale", "target_reward_scale", "termination_seen"):
             getattr(self, name).copy_(state[name])
         self.metrics = dict(state["metrics"])

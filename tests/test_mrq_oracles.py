@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mst_mrq import Actor, Agent, Args, Batch, Critic, Encoder, TwoHot
+import mst_mrq
 
 ORACLES = Path(os.environ.get("MST_ORACLES") or Path(__file__).parent / "oracles")
 NAMES = {"encoder": "encoder", "critic": "value", "actor": "policy"}  # ours and the oracles'
@@ -19,26 +19,27 @@ NAMES = {"encoder": "encoder", "critic": "value", "actor": "policy"}  # ours and
 class Oracle:
     """One file, and an agent with its initial weights."""
 
-    def __init__(self, types: str):
+    def __init__(self, types: str, script=mst_mrq):
         self.data = {key: torch.from_numpy(value) for key, value in np.load(ORACLES / f"mrq_{types}.npz").items()}
         obs_dim, action_dim, _, _, hidden, zs_dim, za_dim, zsa_dim, critic_hidden, actor_hidden = self[
             "meta/dims"
         ].tolist()
         encoder_arch, critic_arch, actor_arch = self["meta/archs"].tolist()
         blocks = int(self["meta/num_blocks"])
-        args = Args(
-            encoder_regime="dense", critic_regime="dense", actor_regime="dense", policy_noise=0.0,
+        args = script.Args(
+            encoder_regime="dense", critic_regime="dense", actor_regime="dense",
             max_grad_norm=float(self["meta/value_grad_clip"]),
         )  # fmt: skip
+        args.policy_noise = 0.0
         torch.set_default_dtype(torch.float64)
         networks = (
-            Encoder(obs_dim, action_dim, hidden, zs_dim, za_dim, zsa_dim, blocks, encoder_arch),
-            Critic(zsa_dim, critic_hidden, blocks, critic_arch),
-            Actor(zs_dim, action_dim, actor_hidden, blocks, actor_arch),
+            script.Encoder(obs_dim, action_dim, hidden, zs_dim, za_dim, zsa_dim, blocks, encoder_arch),
+            script.Critic(zsa_dim, critic_hidden, blocks, critic_arch),
+            script.Actor(zs_dim, action_dim, actor_hidden, blocks, actor_arch),
         )
         torch.set_default_dtype(torch.float32)
-        self.agent = Agent(args, *networks, 1000, torch.Generator())
-        for ours, theirs in NAMES.items():
+        self.agent = script.Agent(args, *networks, 1000, torch.Generator())
+        for ours, theirs in NAMES.items() if script is mst_mrq else [("encoder", "encoder")]:
             for suffix in ("", "_target"):
                 getattr(self.agent, ours + suffix).load_state_dict(self.tensors(f"init/{theirs}{suffix}/"))
         self.agent.reward_scale.copy_(self["meta/reward_scale"])
@@ -51,14 +52,18 @@ class Oracle:
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.data.items() if key.startswith(prefix)}
 
+    def update_encoder(self, k: int) -> None:
+        reward, not_done = self[f"batch{k}/reward"][..., 0], self[f"batch{k}/not_done"][..., 0]
+        batch = mst_mrq.Batch(self[f"batch{k}/obs"], self[f"batch{k}/action"], reward, 1 - not_done, None)
+        self.agent.update_encoder(batch)
+
     def round(self, k: int) -> torch.Tensor:
         """One update of each module on batch k; returns the priorities."""
-        obs, action = self[f"batch{k}/obs"], self[f"batch{k}/action"]
-        reward, not_done = self[f"batch{k}/reward"][..., 0], self[f"batch{k}/not_done"][..., 0]
-        self.agent.update_encoder(Batch(obs, action, reward, 1 - not_done, None))
+        self.update_encoder(k)
         # the critic's windows have the oracle's 3-step return as their first reward, and no termination
-        n_step = torch.cat([self[f"batch{k}/n_step_reward"], torch.zeros(len(obs), 4)], 1)
-        return self.agent.update_critic_and_actor(Batch(obs, action, n_step, torch.zeros_like(n_step), None))
+        obs, action, n_step = self[f"batch{k}/obs"], self[f"batch{k}/action"], self[f"batch{k}/n_step_reward"]
+        n_step = torch.cat([n_step, torch.zeros(len(obs), 4)], 1)
+        return self.agent.update_critic_and_actor(mst_mrq.Batch(obs, action, n_step, torch.zeros_like(n_step), None))
 
 
 @pytest.fixture(params=["122", "443", "665"])
@@ -99,7 +104,7 @@ def test_priorities_and_the_gradient_norm_before_clipping_are_those_of_the_refer
 
 
 def test_two_hot_rewards_are_those_of_the_reference(oracle):
-    two_hot, x = TwoHot(dtype=torch.float64), oracle["twohot/x"][:, 0]
+    two_hot, x = mst_mrq.TwoHot(dtype=torch.float64), oracle["twohot/x"][:, 0]
     torch.testing.assert_close(two_hot.bins, oracle["twohot/bins"], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(two_hot.encode(x), oracle["twohot/encoded"], rtol=1e-8, atol=1e-12)
     cross_entropy = two_hot.cross_entropy(x, oracle["twohot/logits"])

@@ -1,0 +1,77 @@
+"""MR.SAC: the encoder update against MR.Q's oracle, its own actor-critic against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_mrq_oracles import Oracle
+
+import mst_mrsac
+from mst_mrsac import Actor, Agent, Args, Batch, make_networks
+
+
+def small_agent(**flags) -> Agent:
+    torch.manual_seed(0)
+    args = Args(width_scale=0.03, critic_regime="dense", actor_regime="dense", **flags)
+    return Agent(args, *make_networks(args, 4, 2), 20, torch.Generator().manual_seed(0))
+
+
+def small_batch(reward: float = 1.0, terminated: float = 0.0) -> Batch:
+    torch.manual_seed(0)
+    obs, action = torch.randn(8, 6, 4), torch.rand(8, 5, 2)
+    return Batch(obs, action, torch.full((8, 5), reward), torch.full((8, 5), terminated), torch.arange(8))
+
+
+def test_the_encoder_update_is_that_of_mrq():
+    oracle = Oracle("665", mst_mrsac)
+    for k in range(3):
+        oracle.update_encoder(k)
+        for name, gradient in oracle.tensors(f"grad{k}/encoder/").items():
+            parameter = oracle.agent.encoder.get_parameter(name)
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12, msg=f"{k} {name}")
+    for name, value in oracle.tensors("after3/encoder/").items():
+        torch.testing.assert_close(oracle.agent.encoder.get_parameter(name).data, value, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("mean", "raw"), [(0.0, 0.5), (0.7, 0.4), (-2.0, 0.6)])
+def test_the_log_density_of_actions_integrates_to_one(mean, raw):
+    actor = Actor(1, 1, 1, 1, arch=1).double()
+    actor.mlp.forward = lambda zs: torch.tensor([[mean, raw]]).expand(len(zs), 2)
+    noise = torch.linspace(-8, 8, 200_001, dtype=torch.float64)[:, None]
+    action, log_prob, _ = actor.sample(torch.zeros(len(noise), 1), noise)
+    assert np.trapezoid(log_prob.exp().numpy(), action[:, 0].numpy()) == pytest.approx(1, abs=1e-6)
+
+
+def test_log_standard_deviations_are_squashed_to_minus_10_and_2():
+    actor = Actor(1, 1, 1, 1, arch=1)
+    actor.mlp.forward = lambda zs: torch.tensor([[0.0, -1e9], [0.0, 0.0], [0.0, 1e9]])
+    assert actor(torch.zeros(3, 1))[1].tolist() == [[-10], [-4], [2]]
+
+
+def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_reward():
+    agent = small_agent(initial_temperature=0.5, critic_lr=0.0, actor_lr=0.0)
+    agent.target_reward_scale.fill_(3.0)
+    agent.reward_scale.fill_(2.0)
+    agent.critic_target.forward = lambda zsa: torch.tensor([[7.0, 5.0]]).expand(len(zsa), 2)
+    agent.actor_target.sample = lambda zs, noise: (noise, torch.full((len(zs),), -4.0), noise)
+    agent.critic.forward = lambda zsa: zsa[:, :2] * 0 + sum(p.sum() * 0 for p in agent.critic.parameters())
+    n_step = 1 + 0.99 + 0.99**2
+    agent.update_critic_and_actor(small_batch())
+    # the smaller of both heads, and minus 0.5 times the log-density -4 of the target policy's action
+    expected = (n_step + 0.99**3 * 5 * 3) / 2 + 0.99**3 * 0.5 * 4
+    assert agent.metrics["losses/td_error"].item() == pytest.approx(expected, rel=1e-6)
+    agent.update_critic_and_actor(small_batch(terminated=1.0))
+    assert agent.metrics["losses/td_error"].item() == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
+
+
+@pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
+def test_the_temperature_rises_while_the_entropy_is_below_its_target(target_entropy, direction):
+    agent = small_agent(target_entropy=target_entropy)
+    agent.update_critic_and_actor(small_batch())
+    # Adam's first step is the learning rate, whatever the gradient
+    assert (agent.log_temp - math.log(0.01)).item() == pytest.approx(direction * 1e-4, rel=1e-2)
+
+
+def test_the_target_entropy_is_half_the_action_dimensions_below_zero():
+    assert small_agent().target_entropy == -1.0  # -0.5 * 2
