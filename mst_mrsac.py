@@ -851,7 +851,7 @@ class Agent:
 def make_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
     torch.manual_seed(args.seed)
     networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
-    training_steps = max(args.total_timesteps - args.learning_starts, 0)
+    training_steps = max(args.total_timesteps - args.learning_starts + 1, 0)  # the first follows the last random one
     return Agent(args, *networks, training_steps, torch.Generator(device).manual_seed(args.seed))
 
 
@@ -1287,7 +1287,7 @@ def train(args: Args) -> int:
 
             if progress.phase == "train":
                 # ALGO LOGIC: training
-                if progress.agent_step <= args.learning_starts:
+                if progress.agent_step < args.learning_starts:
                     progress.phase = "evaluate"
                 elif agent.train_step(rb, stopped):
                     check_finite()
@@ -1321,7 +1321,7 @@ def train(args: Args) -> int:
         writer.flush()
         fail(
             f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "
-            "learning rate or an architecture with LayerNorm (types 3 to 6) may help, under another --exp-name"
+            "learning rate may help, or an architecture with LayerNorm, under another --exp-name"
         )
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error}); free some space and start the same command again")

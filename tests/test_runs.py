@@ -91,7 +91,7 @@ def test_a_run_logs_every_evaluation_and_the_losses_of_every_interval(reference)
     for tag, step in scalars(reference):
         steps.setdefault(tag, []).append(step)
     assert steps["eval/episode_return_mean"] == [0, 50, 100, 130]
-    assert steps["losses/critic_loss"] == [50, 60, 70, 80, 90, 100, 110, 120, 130]  # training starts after step 40
+    assert steps["losses/critic_loss"] == [40, 50, 60, 70, 80, 90, 100, 110, 120, 130]  # training starts at step 40
     assert steps["plasticity/critic_srank"] == [50, 100, 130]  # at 0 there is nothing to measure it on
 
 
@@ -115,11 +115,11 @@ def test_measuring_never_moves_the_training(script, reference, run_dir, tmp_path
 
 def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run_dir, tmp_path):
     # Checkpoints at 30, 60, 90 and 120, evaluations at 0, 50, 100 and 130 (100 calls of act each), 20 encoder updates
-    # after 40, 60, ..., the episode ends at 100
+    # at 40, 60, ..., the episode ends at 100
     deaths = [  # call of a function, then what is on disk: step of the checkpoint, evaluations
         ("Agent.act", 50, None, 0),  # in the first evaluation
-        ("Agent.update_encoder", 31, 60, 2),  # in the second burst of encoder updates
-        ("os.replace", 1, 60, 2),  # the checkpoint of 90 is written, but not renamed
+        ("Agent.update_encoder", 31, 30, 2),  # in the second burst of encoder updates
+        ("os.replace", 2, 60, 2),  # the checkpoint of 90 is written, but not renamed
         ("Agent.act", 90, 90, 2),  # in the evaluation at 100
         ("os.fsync", 1, 90, 3),  # that evaluation is in eval.csv, but not in TensorBoard
         ("os.replace", 2, 120, 4),  # agent.pt is written, but not renamed
@@ -153,7 +153,7 @@ def test_a_command_at_scale_1_exits_within_ten_seconds_of_sigterm(script, run_di
     line = [sys.executable, ROOT / f"{script}.py", *flags, "--eval-interval", "1000", "--log-interval", "1"]
     with subprocess.Popen(line, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
         try:
-            wait_for((run_dir / "checkpoint.pt").exists)  # at agent step 30; 250 encoder updates follow at 41
+            wait_for((run_dir / "checkpoint.pt").exists)  # at agent step 30; 250 encoder updates follow at 40
             child.send_signal(signal.SIGTERM)
             out, _ = child.communicate(timeout=10)
         finally:
@@ -168,7 +168,7 @@ def test_gymnasium_environments_train_and_resume(script, tmp_path, env_id):
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     assert life(script, *flags, cwd=tmp_path / "whole").code == 0
-    killed = life(script, *flags, cwd=tmp_path / "killed", at=("Agent.update_encoder", 33, signal.SIGKILL))
+    killed = life(script, *flags, cwd=tmp_path / "killed", at=("Agent.update_encoder", 43, signal.SIGKILL))
     assert killed.code == -signal.SIGKILL
     resumed = life(script, *flags, cwd=tmp_path / "killed")
     assert (resumed.code, resumed.err) == (0, "")
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     script, run_dir, tmp_path, flags, culprit
 ):
     ended = life(script, *flags, cwd=tmp_path)
-    assert_one_error(ended, 1, culprit, "at agent step 41", "last good checkpoint")
+    assert_one_error(ended, 1, culprit, "at agent step 40", "last good checkpoint")
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["agent_step"] == 30
     for module in checkpoint["agent"]["modules"].values():
