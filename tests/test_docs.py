@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import mst_mrq
-
 ROOT = Path(__file__).parent.parent
+DOCUMENTED = ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"]
 
 
 def test_the_readmes_training_loop_runs(capsys):
@@ -34,12 +33,13 @@ def test_the_readmes_commands_start(command, monkeypatch, capsys, tmp_path):
         assert "371,147,560" in capsys.readouterr().out  # the whole agent on dog, without the predictor
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mst_mrq.md", "docs/sparse_utils.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/sparse_utils.md", *(f"docs/{name}.md" for name in DOCUMENTED)])
 def test_commands_and_flags_in_the_docs_exist(page):
     text = (ROOT / page).read_text()
     commands = re.findall(r"^(?: {4}|.*`)(?:srun )?python (mst_\w+\.py)([^`|\n]*)", text, flags=re.MULTILINE)
-    known = {f"--{name.replace('_', '-')}" for name in mst_mrq.Args.__dataclass_fields__}
-    known |= {"--env", "--help", "--no-cuda", "--no-diagnostics"}
+    names = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
+    known = {f"--{name.replace('_', '-')}" for name in names}
+    known |= {"--env", "--help", "--no-cuda", "--no-diagnostics", "--no-clipped-double-q"}
     for script, flags in commands:
         assert (ROOT / script).exists()
         assert {flag for flag in shlex.split(flags, comments=True) if flag.startswith("--")} <= known
@@ -49,12 +49,22 @@ def test_commands_and_flags_in_the_docs_exist(page):
         assert (ROOT / page).parent.joinpath(link).exists()
 
 
-def test_the_documented_metrics_are_those_of_a_run(reference, script):
-    table = (ROOT / "docs" / f"{script}.md").read_text()
-    documented = set()
-    for row in re.findall(r"^\| (`[a-z]+/.*?) \|", table, flags=re.MULTILINE):
+@pytest.fixture(params=DOCUMENTED)
+def script(request):
+    return request.param
+
+
+def documented(script: str) -> set[str]:
+    """The tags in the table of a script's page, and of MR.Q's where the page refers to it."""
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    tags = documented("mst_mrq") if "Those of [mst_mrq](mst_mrq.md), and:" in page else set()
+    for row in re.findall(r"^\| (`[a-z]+/.*?) \|", page, flags=re.MULTILINE):
         for tag in re.findall(r"`(.*?)`", row):
-            documented |= {tag.replace("<module>", module) for module in mst_mrq.MODULES}
+            tags |= {tag.replace("<module>", module) for module in importlib.import_module(script).MODULES}
+    return tags
+
+
+def test_the_documented_metrics_are_those_of_a_run(reference, script):
     events = EventAccumulator(str(reference))
     events.Reload()
-    assert documented == set(events.Tags()["scalars"])
+    assert documented(script) == set(events.Tags()["scalars"])

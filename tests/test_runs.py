@@ -22,7 +22,6 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     RUN,
-    TINY,
     assert_one_error,
     assert_same_agent,
     assert_same_run,
@@ -31,6 +30,7 @@ from conftest import (
     life,
     scalars,
     start,
+    tiny,
     unchanged,
 )
 
@@ -149,7 +149,7 @@ def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script,
 
 
 def test_a_command_at_scale_1_exits_within_ten_seconds_of_sigterm(script, run_dir, tmp_path):
-    flags = [*TINY, "--width-scale", "1", "--batch-size", "256", "--target-network-frequency", "250"]
+    flags = [*tiny(script), "--width-scale", "1", "--batch-size", "256", "--target-network-frequency", "250"]
     line = [sys.executable, ROOT / f"{script}.py", *flags, "--eval-interval", "1000", "--log-interval", "1"]
     with subprocess.Popen(line, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
         try:

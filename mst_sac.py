@@ -1,0 +1,1252 @@
+"""SAC with Module-Specific Training (MST) on DeepMind Control and Gymnasium, in one file beside `sparse_utils.py`.
+
+    python mst_sac.py --env humanoid-run --width-scale 4 --depth-scale 3      # the paper's MST at 207M parameters
+    python mst_sac.py --env humanoid-run --critic-regime dense --actor-regime dense    # the original SAC on SimBa
+    python mst_sac.py --eval-only runs/humanoid-run__mst_sac__1 --capture-video        # play a trained agent
+
+Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
+2510.12096, section 4, Figs. 13 and 14): SAC (arXiv 1812.05905) on the networks of SimBa (arXiv 2410.09754), with one
+training regime per module: critic dynamic sparse, actor static sparse. One agent step is one action of the policy,
+which DeepMind Control repeats for two environment steps; flags and plots count agent steps.
+
+Results go to `runs/<env>__<exp_name>__<seed>/`. The same command started again resumes from the last checkpoint.
+Exit codes: 0 finished, 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (start the same command to go on),
+2 wrong usage, 1 any other failure.
+"""
+
+import copy
+import difflib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sparse_utils import Sparsifier, dormant_ratio, stable_rank
+
+Regime = Literal["dense", "sst", "dst", "s2d", "d2s"]
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment, part of the run directory"""
+    seed: int = 1
+    """seed of networks, masks, exploration, replay and environment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU (the default where there is one); `--no-cuda` trains on the CPU"""
+    track: bool = False
+    """if toggled, this experiment is also tracked with Weights and Biases"""
+    wandb_project_name: str = "mst"
+    """the wandb project"""
+    wandb_entity: str | None = None
+    """the entity (team) of the wandb project"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as an mp4 under `videos/` in the run directory"""
+    runs_dir: str = "runs"
+    """the folder that holds the run directories"""
+    dry_run: bool = False
+    """print the table of networks and memory, then stop"""
+    eval_only: str | None = None
+    """play the agent of this run directory or `agent.pt` for `eval_episodes` episodes, print the returns, then stop"""
+
+    # Environment and evaluation
+    env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "humanoid-run"
+    """`domain-task` of DeepMind Control, or a Gymnasium id with a bounded Box action space"""
+    action_repeat: int | None = None
+    """environment steps per agent step (default: 2 on DeepMind Control, 1 elsewhere)"""
+    total_timesteps: int = 500_000
+    """agent steps of the whole run"""
+    eval_interval: int = 5_000
+    """agent steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes per evaluation, played without noise in environments of their own"""
+    log_interval: int = 100
+    """agent steps between writes of the losses to TensorBoard"""
+    checkpoint_interval: int = 10_000
+    """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
+    diagnostics: bool = True
+    """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
+
+    # Algorithm
+    buffer_size: int = 1_000_000
+    """replay buffer capacity in time steps"""
+    gamma: float | None = None
+    """discount factor (default: 1 - 5 / the agent steps of an episode, within 0.95 and 0.995; 0.99 on dm_control)"""
+    tau: float = 0.005
+    """share of the critic in every update of its target network"""
+    batch_size: int = 256
+    """batch size of every update"""
+    learning_starts: int = 5_000
+    """agent steps of uniformly random actions before training starts"""
+    updates_per_step: int = 2
+    """updates of every module per agent step, each on a batch of its own"""
+    clipped_double_q: tyro.conf.DisallowNone[bool | None] = None
+    """train two critics and use the smaller value (default: on Gymnasium ids, where tasks can terminate)"""
+    critic_lr: float = 1e-4
+    """learning rate of the critic"""
+    actor_lr: float = 1e-4
+    """learning rate of the actor"""
+    temperature_lr: float = 1e-4
+    """learning rate of the temperature, without weight decay"""
+    weight_decay: float = 1e-2
+    """weight decay of the AdamW optimizers of critic and actor"""
+    initial_temperature: float = 0.01
+    """temperature at the start"""
+    target_entropy: float | None = None
+    """entropy that the temperature is learned for (default: -0.5 per action dimension)"""
+
+    # Networks (SimBa): the critic has width 512 and 2 blocks at scale 1, the actor width 128 and 1 block
+    scale: float = 1.0
+    """multiplies width and depth of every module"""
+    width_scale: float | None = None
+    """multiplies the widths of every module, instead of `scale`"""
+    depth_scale: float | None = None
+    """multiplies the number of blocks of every module, instead of `scale`"""
+    critic_scale: float | None = None
+    """width and depth of the critic, instead of the scales of every module"""
+    critic_width_scale: float | None = None
+    """width of the critic, instead of `critic_scale`"""
+    critic_depth_scale: float | None = None
+    """number of blocks of the critic, instead of `critic_scale`"""
+    actor_scale: float | None = None
+    """width and depth of the actor, instead of the scales of every module"""
+    actor_width_scale: float | None = None
+    """width of the actor, instead of `actor_scale`"""
+    actor_depth_scale: float | None = None
+    """number of blocks of the actor, instead of `actor_scale`"""
+
+    # Training regimes (section 2.1): dense, static sparse, dynamic sparse, sparse to dense, dense to sparse
+    critic_regime: Regime = "dst"
+    """training regime of the critic"""
+    actor_regime: Regime = "sst"
+    """training regime of the actor"""
+    critic_sparsity: float = 0.8
+    """share of the critic's weights that is zero (s2d starts from it, d2s ends at it)"""
+    actor_sparsity: float = 0.8
+    """share of the actor's weights that is zero"""
+    distribution: Literal["er", "uniform", "uniform-dense-output"] = "er"
+    """how the sparsity is distributed over the layers of a module"""
+    growth: Literal["rigl", "set"] = "rigl"
+    """connections grow where the gradient is largest (rigl) or at random (set)"""
+    topology_update_interval: int = 1000
+    """a module's updates between changes of its topology"""
+    drop_fraction: float = 0.5
+    """share of the connections replaced at the first topology update, decays to 0 (eq. 1)"""
+    schedule_start: float | None = None
+    """start of the sparsity schedule (eq. 2) as a share of training (default: 0.2 for d2s, 0 for s2d)"""
+    schedule_end: float | None = None
+    """end of the sparsity schedule as a share of training (default: 0.8 for d2s, 1 for s2d)"""
+
+
+# COMMON TO ALL SCRIPTS: environment. dm_control tasks and Gymnasium ids, actions in [-1, 1], flat float32 observations
+def choose_mujoco_gl(env_id: str, render: bool) -> None:
+    """Set MUJOCO_GL, unless it is set. MuJoCo reads it at its first import, so one choice holds for the whole process.
+
+    Without rendering: `disable`, which is silent on a headless machine. With it: the first of egl (GPU or Mesa), osmesa
+    (CPU) and glfw (a desktop) that draws a picture in a child process, for a backend that imports need not work.
+    """
+    render = render or env_id == "quadruped-escape"  # the task's terrain needs an OpenGL context even to reset
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen is None and not render:
+        os.environ["MUJOCO_GL"] = "disable"
+    if not render or chosen not in (None, "disable", "disabled", "off", "false", "0"):
+        return
+    if chosen is not None:
+        raise ValueError(f"{env_id} has to render, but MUJOCO_GL={chosen}: unset it, or render from the first make_env")
+    draw = "import mujoco as m; m.Renderer(m.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
+    for backend in ("egl", "osmesa", "glfw"):
+        environ = {**os.environ, "MUJOCO_GL": backend}
+        child = subprocess.run([sys.executable, "-c", draw], env=environ, capture_output=True, check=False)
+        if child.returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+            return
+    raise RuntimeError("no OpenGL to render with: apt-get install libegl1 libgl1-mesa-dri (or libosmesa6) on Debian")
+
+
+class DMControl(gym.Env):
+    """A dm_control task; one `step` is one agent step, `action_repeat` steps of the task with their rewards summed.
+
+    Observation: float32, shape (S,), the task's observations in the order of its spec. Action: shape (A,), in [-1, 1].
+    """
+
+    def __init__(self, domain: str, task: str, seed: int, action_repeat: int):
+        from dm_control import suite  # only now, see choose_mujoco_gl
+
+        self.dmc = suite.load(domain, task, task_kwargs={"random": seed})  # lqr draws its model from the seed
+        self.action_repeat = action_repeat
+        self.render_mode = "rgb_array"
+        size = sum(int(np.prod(spec.shape)) for spec in self.dmc.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        spec = self.dmc.action_spec()
+        self.action_space = gym.spaces.Box(-1, 1, spec.shape, np.float32)
+        self.low, self.scale = spec.minimum, (spec.maximum - spec.minimum) / 2
+        # lqr's actions have no limits (+-1e10 in its spec): they are taken as they are, like those already in [-1, 1]
+        self.rescale = not np.all((self.low == -1) & (self.scale == 1) | (self.scale > 1e9))
+        # dm_control would observe after every repeated step: instead, we do after the last. This changes no bit.
+        self.get_observation = self.dmc.task.get_observation
+        self.dmc.task.get_observation = lambda physics: None
+
+    def observe(self):
+        values = self.get_observation(self.dmc.physics).values()
+        return np.concatenate(list(values), axis=None, dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Start an episode that is a function of its seed alone (and of the seed at loading), whatever came before."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.dmc.task.random.seed(seed)
+        self.dmc.reset()
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray):
+        if self.rescale:
+            action = self.low + (action + 1.0) * self.scale
+        total_reward = 0.0
+        for _ in range(self.action_repeat):
+            step = self.dmc.step(action)
+            total_reward += step.reward
+            if step.last():
+                break
+        terminated = step.last() and step.discount == 0.0  # the suite's episodes are cut off, only lqr's can terminate
+        return self.observe(), total_reward, terminated, step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        """Return the picture of the task's first camera: (480, 480, 3), uint8."""
+        return self.dmc.physics.render(480, 480, camera_id=0)
+
+    def close(self):
+        self.dmc.physics.free()
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeat every action, up to the end of the episode, and sum the rewards."""
+
+    def __init__(self, env: gym.Env, action_repeat: int):
+        super().__init__(env)
+        self.action_repeat = action_repeat
+
+    def step(self, action: np.ndarray):
+        total_reward = 0.0
+        for _ in range(self.action_repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+        return obs, total_reward, terminated, truncated, info
+
+
+def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: bool = False) -> gym.Env:
+    """Make a dm_control task (`dog-run`; action repeat 2) or Gymnasium environment (`HalfCheetah-v5`; action repeat 1).
+
+    Observations are float32, shape (S,); actions shape (A,), in [-1, 1]. `render` allows `env.render()`.
+    ValueError for an unknown environment, and for spaces that these algorithms cannot handle.
+    """
+    choose_mujoco_gl(env_id, render)
+    if ":" in env_id or env_id in gym.registry:  # "package:Name-v0" imports the package, which registers the name
+        try:
+            env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        except (gym.error.Error, ImportError) as error:
+            raise ValueError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        actions = env.action_space
+        if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1):
+            raise ValueError(f"{env_id} has actions {actions}: choose one with a bounded, flat Box of actions")
+        if not env.observation_space.is_np_flattenable:
+            raise ValueError(f"{env_id} has observations {env.observation_space}: choose one with a Box of them")
+        raw, flatten = env.observation_space, gym.spaces.flatten
+        space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
+        env = ActionRepeat(env, action_repeat or 1)
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.TransformObservation(env, lambda obs: flatten(raw, obs).astype(np.float32), space)
+    else:
+        from dm_control import suite
+
+        tasks = ["-".join(task) for task in suite.ALL_TASKS]
+        if env_id not in tasks:
+            near = difflib.get_close_matches(env_id, [*tasks, *gym.registry], n=4)
+            hint = f"did you mean {', '.join(near)}?" if near else "try dog-run or HalfCheetah-v5"
+            raise ValueError(f"{env_id} is neither a dm_control task nor a Gymnasium environment: {hint}")
+        domain, task = env_id.split("-", 1)
+        env = DMControl(domain, task, seed, action_repeat or 2)
+        if domain == "lqr":  # the only tasks without a time limit
+            env = gym.wrappers.TimeLimit(env, 1000 // env.action_repeat)
+    env.action_space.seed(seed)
+    return env
+
+
+def replay_episode(env: gym.Env, seed: int, actions) -> np.ndarray:
+    """Return to the state after `actions` (T, A) in the episode of `seed`; give its observation (S,), the same bits.
+
+    So a checkpoint needs no simulator state. An environment that keeps something across resets (of those tried, only
+    BipedalWalker-v3 does) comes back slightly different: compare the observation with the one that was saved.
+    """
+    obs, _ = env.reset(seed=seed)
+    for action in actions:
+        obs, _, _, _, _ = env.step(action)
+    return obs
+
+
+class Batch(NamedTuple):
+    """Windows of `horizon` steps. After a termination the window stays on the terminal observation."""
+
+    obs: torch.Tensor  # (batch, horizon + 1, obs_dim)
+    action: torch.Tensor  # (batch, horizon, action_dim)
+    reward: torch.Tensor  # (batch, horizon), 0 after a termination
+    terminated: torch.Tensor  # (batch, horizon), 1 where the step ended in a termination
+    index: torch.Tensor  # (batch,) slots where the windows start
+
+
+class ReplayBuffer:
+    """Ring buffer of time steps with LAP sampling (Fujimoto et al. 2020): P(start) is proportional to its priority.
+
+    An episode of T steps fills T + 1 slots: each holds an observation and the action, reward and termination that
+    followed it; the last one holds the final observation alone. A start has priority 0, and is never sampled, until its
+    `horizon` steps are stored or have ended in a termination. The last starts of a truncated episode stay at 0.
+    """
+
+    ROW = 1024  # priorities are summed row by row in float64, so that sampling stays exact at any size
+    FIELDS = ("obs", "action", "reward", "terminated", "is_transition", "priority")
+
+    def __init__(
+        self, capacity: int, obs_dim: int, action_dim: int, horizon: int, seed: int, device: torch.device | str = "cpu"
+    ):
+        self.capacity, self.horizon, self.device = capacity, horizon, torch.device(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.obs = torch.zeros(capacity, obs_dim, device=device)
+        self.action = torch.zeros(capacity, action_dim, device=device)
+        self.reward = torch.zeros(capacity, device=device)
+        self.terminated = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self.is_transition = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self.priority = torch.zeros(math.ceil(capacity / self.ROW) * self.ROW, device=device)
+        self.any_terminated = torch.zeros((), device=device)  # 1 once a termination was ever stored
+        self.position = -1  # slot of the newest observation
+        self.size = 0  # slots in use
+        self.episode_length = 0
+
+    @staticmethod
+    def nbytes(capacity: int, obs_dim: int, action_dim: int) -> int:
+        """Memory of a buffer in bytes."""
+        return capacity * (4 * (obs_dim + action_dim + 2) + 2)
+
+    def start_episode(self, obs: np.ndarray) -> None:
+        """Store the first observation of an episode."""
+        self._append(obs)
+        self.episode_length = 0
+
+    def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
+        """Store the step taken from the newest observation, and the observation it led to."""
+        self.action[self.position] = torch.from_numpy(action)
+        self.reward[self.position] = reward
+        self.terminated[self.position] = bool(terminated)
+        self.is_transition[self.position] = True
+        self._append(next_obs)
+        self.episode_length += 1
+        new_starts = [self.horizon] if self.episode_length >= self.horizon else []  # as steps back from next_obs
+        if terminated:
+            self.any_terminated.fill_(1)
+            new_starts = range(1, min(self.episode_length, self.horizon) + 1)
+        max_priority = self.priority.max().clamp(min=1)
+        for back in new_starts:
+            self.priority[(self.position - back) % self.capacity] = max_priority
+
+    def _append(self, obs: np.ndarray) -> None:
+        """Store an observation in the next slot, and forget what the slot held."""
+        self.position = (self.position + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+        for name in self.FIELDS:
+            getattr(self, name)[self.position] = torch.from_numpy(obs) if name == "obs" else 0
+
+    def sample_index(self, batch_size: int) -> torch.Tensor:
+        """Draw starts with replacement, (batch,). Row first, then slot within the row.
+
+        `u < 1` in float64 keeps `u * total < total`, so no index is past the end and none has priority 0.
+        """
+        rows = self.priority.view(-1, self.ROW)
+        row_total = rows.sum(1, dtype=torch.float64).cumsum(0)
+        u = torch.rand(2, batch_size, 1, dtype=torch.float64, generator=self.generator, device=self.device)
+        row = torch.searchsorted(row_total, u[0, :, 0] * row_total[-1], right=True)
+        total = rows[row].double().cumsum(1)  # (batch, ROW)
+        column = torch.searchsorted(total, u[1] * total[:, -1:], right=True)
+        return row * self.ROW + column[:, 0]
+
+    def windows(self, index: torch.Tensor) -> Batch:
+        """The windows that start at `index` (batch,)."""
+        step = torch.arange(self.horizon, device=self.device)
+        alive = (~self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
+        offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1) - 1  # 0, 1, ... until the terminal observation
+        slot = (index[:, None] + offset) % self.capacity  # (batch, horizon + 1)
+        action, reward, terminated = (x[slot[:, :-1]] for x in (self.action, self.reward, self.terminated))
+        return Batch(self.obs[slot], action, reward, terminated.to(reward.dtype), index)
+
+    def sample(self, batch_size: int, device: torch.device | str) -> Batch:
+        return Batch(*(x.to(device) for x in self.windows(self.sample_index(batch_size))))
+
+    def update_priority(self, index: torch.Tensor, priority: torch.Tensor) -> None:
+        self.priority[index.to(self.device)] = priority.to(self.device)
+
+    def reward_scale(self) -> torch.Tensor:
+        """Mean |reward| of the stored transitions, at least 1e-8."""
+        return (self.reward.abs().sum() / self.is_transition.sum()).clamp(min=1e-8)
+
+    def state_dict(self) -> dict:
+        used = {name: getattr(self, name)[: self.size] for name in self.FIELDS}
+        if self.size < self.capacity:  # a view would be saved with its whole storage
+            used = {name: field.clone() for name, field in used.items()}
+        counters = {name: getattr(self, name) for name in ("position", "size", "episode_length")}
+        return {**used, **counters, "any_terminated": self.any_terminated, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("position", "size", "episode_length"):
+            setattr(self, name, state[name])
+        for name in self.FIELDS:
+            getattr(self, name)[: self.size] = state[name]
+        self.any_terminated.copy_(state["any_terminated"])
+        self.generator.set_state(state["generator"])
+
+
+# END OF COMMON
+
+
+# ALGO LOGIC: networks (SimBa)
+def he_normal_(weight: torch.Tensor) -> None:
+    """Normal of variance 2 / fan_in after truncation, which at two standard deviations leaves 0.8796 of one."""
+    std = math.sqrt(2 / weight.shape[1]) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def linear(in_dim: int, out_dim: int, weight_init: Callable[[torch.Tensor], object]) -> nn.Linear:
+    layer = nn.Linear(in_dim, out_dim)
+    weight_init(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Block(nn.Module):
+    def __init__(self, hidden_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_dim, eps=1e-6)
+        self.linear1 = linear(hidden_dim, 4 * hidden_dim, he_normal_)
+        self.relu = nn.ReLU()  # a module, for the hooks of diagnose
+        self.linear2 = linear(4 * hidden_dim, hidden_dim, he_normal_)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear2(self.relu(self.linear1(self.norm(x))))
+
+
+class SimBa(nn.Module):
+    """`embed`, pre-LayerNorm residual blocks, `norm`: the features that the heads are linear in."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, num_blocks: int):
+        super().__init__()
+        self.embed = linear(in_dim, hidden_dim, nn.init.orthogonal_)
+        self.blocks = nn.Sequential(*(Block(hidden_dim) for _ in range(num_blocks)))
+        self.norm = nn.LayerNorm(hidden_dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.blocks(self.embed(x)))
+
+
+class QNetwork(nn.Module):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int, num_blocks: int):
+        super().__init__()
+        self.trunk = SimBa(obs_dim + action_dim, hidden_dim, num_blocks)
+        self.value = linear(hidden_dim, 1, nn.init.orthogonal_)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.value(self.trunk(torch.cat([obs, action], 1)))
+
+
+class Critic(nn.Module):
+    """One Q-function, or two for clipped double Q-learning."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int, num_blocks: int, twin: bool = False):
+        super().__init__()
+        self.q = nn.ModuleList(QNetwork(obs_dim, action_dim, hidden_dim, num_blocks) for _ in range(1 + twin))
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return torch.cat([q(obs, action) for q in self.q], 1)  # (batch, 1 or 2)
+
+
+class Actor(nn.Module):
+    """A tanh-Gaussian policy: its network gives mean and log standard deviation before the tanh."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int, num_blocks: int):
+        super().__init__()
+        self.action_dim = action_dim
+        self.trunk = SimBa(obs_dim, hidden_dim, num_blocks)
+        self.mean = linear(hidden_dim, action_dim, nn.init.orthogonal_)
+        self.log_std = linear(hidden_dim, action_dim, nn.init.orthogonal_)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.trunk(obs)
+        return self.mean(features), -10 + 6 * (1 + torch.tanh(self.log_std(features)))  # log std in [-10, 2]
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (batch, action_dim) from standard normal noise, and their log-density (batch,)."""
+        mean, log_std = self(obs)
+        x = mean + log_std.exp() * noise
+        gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = gaussian - 2 * (math.log(2) - x - F.softplus(-2 * x))  # minus log of tanh's derivative
+        return torch.tanh(x), log_prob.sum(1)
+
+
+class RunningNorm(nn.Module):
+    """Normalise observations by the mean and variance of those seen so far, which are kept in float64."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+
+    def update(self, obs: torch.Tensor) -> None:
+        """Take in one observation (obs_dim,): Chan et al. 1979 with a batch of one."""
+        delta, total = obs - self.mean, self.count + 1
+        self.var.copy_((self.var + delta.square() / total) * (self.count / total))
+        self.mean += delta / total
+        self.count.copy_(total)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return ((obs - self.mean) / torch.sqrt(self.var + 1e-8)).to(obs.dtype)
+
+
+def make_networks(args: Args, obs_dim: int, action_dim: int) -> tuple[Critic, Actor]:
+    def width(module: str, base: int) -> int:
+        return max(1, round(base * module_scale(args, module, "width")))
+
+    def depth(module: str, base: int) -> int:
+        return max(1, round(base * module_scale(args, module, "depth")))
+
+    return (
+        Critic(obs_dim, action_dim, width("critic", 512), depth("critic", 2), bool(args.clipped_double_q)),
+        Actor(obs_dim, action_dim, width("actor", 128), depth("actor", 1)),
+    )
+
+
+def module_scale(args: Args, module: str, kind: str) -> float:
+    """`kind` is "width" or "depth": the most specific scale that was given."""
+    for name in (f"{module}_{kind}_scale", f"{module}_scale", f"{kind}_scale"):
+        if getattr(args, name) is not None:
+            return getattr(args, name)
+    return args.scale
+
+
+MODULES = ("critic", "actor")
+
+
+# ALGO LOGIC: one update of each module
+class Agent:
+    """Critic with its target, actor, their optimizers and sparsifiers, temperature, and the observations' statistics.
+
+    Updates change tensors in place and never wait for the device, so that they can be captured in CUDA graphs.
+    `training_updates` is the planned number of updates of each module, which the schedules of eqs. 1 and 2 run over.
+    """
+
+    def __init__(self, args: Args, critic: Critic, actor: Actor, training_updates: int, generator: torch.Generator):
+        self.args, self.generator, self.device = args, generator, generator.device
+        self.horizon = 1  # of the replay buffer's windows
+        self.critic, self.actor = critic, actor
+        like = next(actor.parameters())
+        self.normalizer = RunningNorm(actor.trunk.embed.in_features).to(self.device)
+        self.log_temp = nn.Parameter(like.new_tensor(args.initial_temperature).log())
+        self.target_entropy = -0.5 * actor.action_dim if args.target_entropy is None else args.target_entropy
+        self.metrics: dict[str, torch.Tensor] = {}  # of the last updates
+
+        self.optimizer: dict[str, optim.Optimizer] = {}
+        self.sparsifier: dict[str, Sparsifier] = {}
+        for i, name in enumerate(MODULES):
+            module, lr = getattr(self, name), getattr(args, f"{name}_lr")
+            self.optimizer[name] = optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay, fused=True)
+            self.sparsifier[name] = Sparsifier(
+                module,
+                self.optimizer[name],
+                getattr(args, f"{name}_regime"),
+                getattr(args, f"{name}_sparsity"),
+                distribution=args.distribution,
+                growth=args.growth,
+                update_interval=args.topology_update_interval,
+                drop_fraction=args.drop_fraction,
+                total_updates=max(training_updates, 1),
+                schedule_start=args.schedule_start,
+                schedule_end=args.schedule_end,
+                seed=2 * args.seed + i,
+            )
+        self.optimizer["temperature"] = optim.AdamW([self.log_temp], args.temperature_lr, weight_decay=0, fused=True)
+        self.critic_target = copy.deepcopy(critic).requires_grad_(False)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Actions without noise in [-1, 1], (batch, action_dim), at observations (batch, obs_dim)."""
+        obs = self.normalizer(torch.as_tensor(obs, device=self.device))
+        action = self.actor(obs)[0].tanh().cpu().numpy()
+        if not np.isfinite(action).all():
+            raise FloatingPointError("an action of the actor is not finite")
+        return action
+
+    @torch.no_grad()
+    def explore(self, obs: np.ndarray, uniform: bool, generator: torch.Generator) -> torch.Tensor:
+        """One action (action_dim,) at obs (obs_dim,): uniformly random, or sampled from the policy. Counts obs in."""
+        obs = torch.as_tensor(obs, device=self.device)
+        self.normalizer.update(obs)
+        if uniform:
+            return torch.rand(self.actor.action_dim, generator=generator) * 2 - 1
+        noise = torch.randn(1, self.actor.action_dim, generator=generator).to(obs)
+        action = self.actor.sample(self.normalizer(obs[None]), noise)[0][0].cpu()
+        if not action.isfinite().all():
+            raise FloatingPointError("an action of the actor is not finite")
+        return action
+
+    def train_step(self, rb: ReplayBuffer, stopped: Callable[[], bool]) -> bool:
+        """The updates of one agent step.
+
+        Returns False if it was stopped between them; the next call goes on with them.
+        """
+        while True:
+            self.update_critic_and_actor(rb.sample(self.args.batch_size, self.device))
+            if self.sparsifier["critic"].updates % self.args.updates_per_step == 0:
+                return True
+            if stopped():
+                return False
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Polyak averaging. What the topology dropped from the critic is dropped from its target as well."""
+        target, online = list(self.critic_target.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(target, online, self.args.tau)
+        self.sparsifier["critic"].apply_to(self.critic_target)
+
+    def optimize(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        """Minimise the module's loss: gradient, topology update if due, masking, step.
+
+        Returns the norm of the gradient after masking.
+        """
+        parameters = list(getattr(self, name).parameters())
+        self.optimizer[name].zero_grad()
+        loss.backward(inputs=parameters)  # computes no gradient of the other modules
+        if self.sparsifier[name].topology_update_due and not all(p.grad.isfinite().all() for p in parameters):
+            raise FloatingPointError(f"losses/{name}_loss is {loss.item()}, with a gradient that is not finite")
+        self.sparsifier[name].step()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.optimizer[name].step()
+        return norm
+
+    def noise(self, action: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(action).normal_(generator=self.generator)
+
+    def update_critic_and_actor(self, batch: Batch) -> None:
+        """One update of actor, temperature, critic and target, in this order and each with what is new by then."""
+        obs, next_obs = self.normalizer(batch.obs).unbind(1)
+        action, reward, not_done = batch.action[:, 0], batch.reward[:, 0], 1 - batch.terminated[:, 0]
+
+        temperature = self.log_temp.detach().exp()
+        new_action, log_prob = self.actor.sample(obs, self.noise(action))
+        q_actor = self.critic(obs, new_action).min(1).values
+        actor_loss = (temperature * log_prob - q_actor).mean()
+        actor_grad_norm = self.optimize("actor", actor_loss)
+
+        entropy = -log_prob.detach().mean()
+        temperature_loss = self.log_temp.exp() * (entropy - self.target_entropy)
+        self.optimizer["temperature"].zero_grad()
+        temperature_loss.backward()
+        self.optimizer["temperature"].step()
+
+        with torch.no_grad():
+            next_action, next_log_prob = self.actor.sample(next_obs, self.noise(action))
+            next_q = self.critic_target(next_obs, next_action).min(1).values
+            next_q -= self.log_temp.exp() * next_log_prob
+            q_target = reward + self.args.gamma * not_done * next_q
+        q = self.critic(obs, action)  # (batch, 1 or 2)
+        critic_loss = (q - q_target[:, None]).square().sum(1).mean()
+        critic_grad_norm = self.optimize("critic", critic_loss)
+        self.update_target()
+
+        self.metrics |= {
+            "losses/critic_loss": critic_loss.detach(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/q_values": q.detach().mean(),
+            "losses/td_error": (q.detach() - q_target[:, None]).abs().max(1).values.mean(),
+            "losses/entropy": entropy,
+            "losses/temperature": temperature,
+            "losses/temperature_loss": temperature_loss.detach(),
+            "plasticity/critic_grad_norm": critic_grad_norm,
+            "plasticity/actor_grad_norm": actor_grad_norm,
+        }
+
+    def state_dict(self) -> dict:
+        """Everything that training goes on from, as tensors and plain values."""
+        modules = [*MODULES, "critic_target", "normalizer"]
+        return {
+            "modules": {name: getattr(self, name).state_dict() for name in modules},
+            "log_temp": self.log_temp.detach(),
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizer.items()},
+            "sparsifier": {name: sparsifier.state_dict() for name, sparsifier in self.sparsifier.items()},
+            "generator": self.generator.get_state(),
+            "metrics": self.metrics,
+        }
+
+    def policy_state_dict(self) -> dict:
+        """Weights and masks of the trained modules, and the observations' statistics."""
+        return {
+            "modules": {name: getattr(self, name).state_dict() for name in (*MODULES, "normalizer")},
+            "masks": {name: sparsifier.masks for name, sparsifier in self.sparsifier.items()},
+        }
+
+    def load_policy_state_dict(self, state: dict) -> None:
+        for name in (*MODULES, "normalizer"):
+            getattr(self, name).load_state_dict(state["modules"][name])
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, module_state in state["modules"].items():
+            getattr(self, name).load_state_dict(module_state)
+        self.log_temp.data.copy_(state["log_temp"])
+        for name, optimizer in self.optimizer.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        for name, sparsifier in self.sparsifier.items():
+            sparsifier.load_state_dict(state["sparsifier"][name])
+        self.metrics = dict(state["metrics"])
+        self.generator.set_state(state["generator"])
+
+
+def make_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
+    fill_in(args)
+    torch.manual_seed(args.seed)
+    networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
+    training_steps = max(args.total_timesteps - args.learning_starts + 1, 0)  # the first follows the last random one
+    training_updates = args.updates_per_step * training_steps
+    return Agent(args, *networks, training_updates, torch.Generator(device).manual_seed(args.seed))
+
+
+def fill_in(args: Args) -> None:
+    """Replace each None by what it stands for in this environment, so that `config.json` records it."""
+    on_gymnasium = ":" in args.env_id or args.env_id in gym.registry  # as in make_env
+    time_limit, action_repeat = 1000, args.action_repeat or 2  # of every task of dm_control
+    if on_gymnasium:
+        spec = gym.registry.get(args.env_id.split(":")[-1])
+        time_limit, action_repeat = spec and spec.max_episode_steps or math.inf, args.action_repeat or 1
+    if args.gamma is None:
+        args.gamma = min(max(1 - 5 * action_repeat / time_limit, 0.95), 0.995)
+    if args.clipped_double_q is None:
+        args.clipped_double_q = on_gymnasium
+
+
+@torch.no_grad()
+def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
+    """Pathologies of each module on 256 uniformly drawn transitions (section 3, Figs. 3, 7 and 10).
+
+    srank (Kumar et al. 2021) of the features, the input of the heads (of two critics side by side). Dormant ratio
+    (Sokar et al. 2023) of the hidden units of all blocks.
+    """
+    starts = rb.priority.nonzero()[:, 0]
+    if len(starts) == 0:
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    batch = rb.windows(starts[torch.randint(len(starts), (256,), generator=generator).to(starts.device)])
+    obs, action = (x[:, 0].to(agent.device) for x in (batch.obs, batch.action))
+    outputs = {(name, kind): [] for name in MODULES for kind in (nn.ReLU, SimBa)}
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: outputs[name, type(layer)].append(output))
+        for name in MODULES
+        for layer in getattr(agent, name).modules()
+        if isinstance(layer, (nn.ReLU, SimBa))
+    ]
+    obs = agent.normalizer(obs)
+    agent.critic(obs, action), agent.actor(obs)
+    for hook in hooks:
+        hook.remove()
+
+    metrics = {}
+    for name in MODULES:
+        hidden, features = outputs[name, nn.ReLU], torch.cat(outputs[name, SimBa], 1)
+        metrics |= {
+            f"plasticity/{name}_srank": stable_rank(features),
+            f"plasticity/{name}_dormant_ratio": dormant_ratio(hidden, tau=0.1),
+            f"plasticity/{name}_dormant_ratio_0.025": dormant_ratio(hidden, tau=0.025),
+            f"plasticity/{name}_weight_norm": nn.utils.get_total_norm(getattr(agent, name).parameters()).item(),
+            f"plasticity/{name}_feature_norm": features.norm(dim=1).mean().item(),
+        }
+    return metrics
+
+
+def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
+    print(f"{'module':<10}{'width':>7}{'blocks':>7}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
+    total = total_active = 0
+    for name in MODULES:
+        module, sparsifier = getattr(agent, name), agent.sparsifier[name]
+        trunk = next(layer for layer in module.modules() if isinstance(layer, SimBa))
+        parameters = sum(p.numel() for p in module.parameters())
+        active = parameters - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
+        width, blocks, regime = trunk.embed.out_features, len(trunk.blocks), getattr(args, f"{name}_regime")
+        print(f"{name:<10}{width:>7}{blocks:>7}{regime:>8}{parameters:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
+        total, total_active = total + parameters, total_active + active
+    print(f"{'agent':<10}{'':>22}{total:>14,}{total_active:>14,}")
+    print(f"{'two critics' if args.clipped_double_q else 'one critic'}, discount factor {args.gamma:g}")
+    gib = ReplayBuffer.nbytes(rb.capacity, rb.obs.shape[1], rb.action.shape[1]) / 2**30
+    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.device}")
+
+
+def validate(args: Args) -> None:
+    """Stop with exit code 2 at the first argument out of range."""
+    positive = (
+        "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
+        "updates_per_step", "topology_update_interval", "learning_starts",
+    )  # fmt: skip
+    not_negative = ("seed", "weight_decay", "temperature_lr")
+    ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
+    ranges |= dict.fromkeys(("gamma", "tau", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
+    ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
+    ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
+    ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
+    ranges |= {"action_repeat": (1, math.inf), "buffer_size": (args.learning_starts + 1, math.inf)}
+    ranges |= {"initial_temperature": (1e-12, math.inf), "target_entropy": (-math.inf, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} is out of range: choose a value from {low:g} to {high:g}", 2)
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda was given but torch sees no GPU: install a CUDA build of torch, or train with --no-cuda", 2)
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs wandb: pip install wandb", 2)
+    if args.capture_video:
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            fail("--capture-video needs imageio: pip install 'imageio[ffmpeg]'", 2)
+
+
+# COMMON TO ALL SCRIPTS: evaluation, with episode seeds and environments of its own so that it never moves the training
+def episode_seed(*key: int) -> int:
+    """The seed of an episode, from the run's seed and the episode's place in the run."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def evaluate(
+    agent: Agent, envs: list[gym.Env], seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
+) -> np.ndarray | None:
+    """Returns of one episode per environment, played side by side without noise; None if stopped on the way.
+
+    The pictures of the first episode are appended to `frames`, if given.
+    """
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
+    while running.any():
+        if stopped():
+            return None
+        if frames is not None and running[0]:
+            frames.append(envs[0].render())
+        actions = agent.act(obs)
+        for i in np.flatnonzero(running):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            running[i] = not (terminated or truncated)
+    return returns
+
+
+# Checkpoints and run directory
+RESUME_ME = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start the same command again
+
+
+def fail(message: str, code: int = 1) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def save(path: Path, content: dict) -> None:
+    """Write to a temporary file, sync and rename: `path` holds the old or the new content, never a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(content, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError when it cannot write
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error}); free some space and start the same command again to go on")
+
+
+def load(path: Path, *keys: str) -> dict:
+    """Read tensors and plain values; a file can hold nothing else, so opening it runs no code."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums that torch.save wrote
+            if broken := file.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
+            raise ValueError(f"it lacks {', '.join(keys)}")
+        return content
+    except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy, or delete it to start anew")
+
+
+def open_run(args: Args) -> tuple[Path, dict | None]:
+    """Create the run directory, or return it with its last checkpoint. Refuses a run with other arguments.
+
+    What was logged after the checkpoint is cut off: the resumed run logs it again, bit for bit the same on CPU.
+    """
+    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    config_path, checkpoint_path = run_dir / "config.json", run_dir / "checkpoint.pt"
+    arguments = asdict(args)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{run_dir} is being trained by another process; wait for it, or choose another --exp-name or --seed")
+        except OSError:  # a file system without locks
+            pass
+        if config_path.exists():
+            previous = json.loads(config_path.read_text())["args"]
+            names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
+            names = [name for name in names if name != "runs_dir"]  # the folder may have moved
+            if names:
+                differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
+                fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
+                     "or another --exp-name or --seed for a new run", 2)  # fmt: skip
+        else:
+            temporary = config_path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"args": arguments, **provenance()}, indent=2))
+            os.replace(temporary, config_path)
+    except OSError as error:
+        fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
+    except (ValueError, KeyError, TypeError):
+        fail(f"{config_path} is damaged; restore a copy of it, or delete {run_dir} to start anew")
+    checkpoint = load(checkpoint_path, "finished", "progress", "files") if checkpoint_path.exists() else None
+    length = checkpoint["files"] if checkpoint else {}
+    for path in [run_dir / "eval.csv", *run_dir.glob("events.out.tfevents.*")]:
+        if path.name not in length:
+            path.unlink(missing_ok=True)
+        elif path.stat().st_size > length[path.name]:
+            os.truncate(path, length[path.name])
+    return run_dir, checkpoint
+
+
+def provenance() -> dict:
+    """What a result depends on beside the arguments."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "gymnasium", "dm_control", "mujoco"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    return {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
+
+
+def memory_size(device: torch.device) -> int:
+    """Free bytes of a GPU, or bytes of the machine or of the control group that a cluster's job runs in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+        for folder in [Path(f"/sys/fs/cgroup{group}"), *Path(f"/sys/fs/cgroup{group}").parents]:
+            limit = folder / "memory.max"
+            if limit.exists() and limit.read_text().strip() != "max":
+                size = min(size, int(limit.read_text()))
+    except (OSError, IndexError):  # no control groups here
+        pass
+    return size
+
+
+def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, horizon: int, device: torch.device) -> ReplayBuffer:
+    """On the training device where it fits beside the networks, else in main memory."""
+    nbytes = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
+    if device.type == "cuda" and nbytes > 0.7 * memory_size(device):
+        device = torch.device("cpu")
+    if nbytes > memory_size(device):
+        fail(f"a replay buffer of {args.buffer_size:,} steps needs {nbytes / 2**30:.1f} GiB, and there are "
+             f"{memory_size(device) / 2**30:.1f} GiB of memory: choose a smaller --buffer-size", 2)  # fmt: skip
+    return ReplayBuffer(args.buffer_size, obs_dim, action_dim, horizon, args.seed, device)
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    import imageio.v2 as imageio
+
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimwrite(path, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
+
+
+@dataclass
+class Progress:
+    """Where a run is. An agent step has three phases, and a checkpoint can be taken between and within them."""
+
+    agent_step: int = 0
+    phase: Literal["act", "train", "evaluate"] = "evaluate"
+    episode: int = 0
+    episode_return: float = 0.0
+    wall_seconds: float = 0.0
+
+
+def train(args: Args) -> int:
+    """Train, from the last checkpoint if there is one. Returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    try:
+        choose_mujoco_gl(args.env_id, args.capture_video)
+        env = make_env(args.env_id, args.seed, args.action_repeat)
+    except (ValueError, RuntimeError) as error:
+        fail(str(error), 2)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    action_repeat = env.get_wrapper_attr("action_repeat")
+
+    try:
+        agent = make_agent(args, obs_dim, action_dim, device)
+    except ValueError as error:
+        fail(str(error), 2)
+    rb = make_replay_buffer(args, obs_dim, action_dim, agent.horizon, device)
+    print_table(args, agent, rb)
+    if args.dry_run:
+        return 0
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"]:
+        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
+        return 0
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
+    eval_envs = [
+        make_env(args.env_id, args.seed, args.action_repeat, render=args.capture_video and i == 0)
+        for i in range(args.eval_episodes)
+    ]
+
+    # TRY NOT TO MODIFY: seeding, or restoring from the checkpoint
+    exploration = torch.Generator().manual_seed(args.seed)
+    actions: list[torch.Tensor] = []  # of the running episode: with its seed, they restore the environment
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        rb.load_state_dict(checkpoint["replay_buffer"])
+        exploration.set_state(checkpoint["exploration"])
+        actions = list(checkpoint["actions"])
+        print(f"resuming {run_dir} at agent step {progress.agent_step:,}")
+    obs = replay_episode(env, episode_seed(args.seed, 0, progress.episode), [action.numpy() for action in actions])
+    if not checkpoint:
+        rb.start_episode(obs)
+    elif not np.array_equal(obs, rb.obs[rb.position].cpu().numpy()):
+        print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
+        progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
+        obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
+        rb.start_episode(obs)
+
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
+            config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run_dir)
+    if not checkpoint:
+        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    del checkpoint  # its replay buffer may be large
+    start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
+    bar = tqdm(
+        total=args.total_timesteps, initial=start_step, unit="step", miniters=0, mininterval=0.5,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+
+    def stopped() -> bool:
+        """Whether a signal came. Asked often, so it also keeps the bar's clock running."""
+        bar.update(0)
+        return stop.is_set()
+
+    def save_checkpoint(finished: bool = False) -> None:
+        for name in MODULES:
+            if not all(parameter.isfinite().all() for parameter in getattr(agent, name).parameters()):
+                raise FloatingPointError(f"a weight of the {name} is not finite")
+        writer.flush()
+        progress.wall_seconds = earlier_seconds + time.time() - start_time
+        files = {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()}
+        state = {"finished": finished, "progress": asdict(progress), "files": files}
+        if finished:  # it needs no more, and hundreds of replay buffers would fill a disk
+            save(run_dir / "agent.pt", {"args": asdict(args), **agent.policy_state_dict()})
+        else:
+            state |= {
+                "agent": agent.state_dict(),
+                "replay_buffer": rb.state_dict(),
+                "exploration": exploration.get_state(),
+                "actions": torch.stack(actions) if actions else torch.zeros(0, action_dim),
+            }
+        save(run_dir / "checkpoint.pt", state)
+
+    def log_evaluation(returns: np.ndarray, frames: list | None) -> None:
+        """One line to `eval.csv` (durable at once), TensorBoard and the log."""
+        mean, std, step = returns.mean(), returns.std(), progress.agent_step
+        seconds = time.time() - start_time
+        path = run_dir / "eval.csv"
+        columns = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
+        with open(path, "a") as file:
+            if file.tell() == 0:
+                print(columns, file=file)
+            row = (step, step * action_repeat, mean, std, len(returns), round(earlier_seconds + seconds, 1))
+            print(*row, sep=",", file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+        for name, sparsifier in agent.sparsifier.items():
+            scalars[f"sparsity/{name}_sparsity"] = sparsifier.sparsity()
+            scalars[f"sparsity/{name}_topology_updates"] = sparsifier.topology_updates
+            scalars[f"sparsity/{name}_replaced"] = sparsifier.replaced
+        if args.diagnostics:
+            scalars |= diagnose(agent, rb, seed=step)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        if frames:
+            write_video(run_dir / "videos" / f"agent_step_{step}.mp4", frames)
+        sps = (step - start_step) / seconds
+        left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if sps else ""
+        tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
+        sys.stdout.flush()
+        bar.set_postfix_str(f"return {mean:.1f}")
+
+    def log_training() -> None:
+        for name, value in agent.metrics.items():
+            writer.add_scalar(name, value.item(), progress.agent_step)
+        sps = (progress.agent_step - start_step) / (time.time() - start_time)
+        writer.add_scalar("charts/SPS", sps, progress.agent_step)
+
+    def check_finite() -> None:
+        values = torch.stack(list(agent.metrics.values())).tolist()
+        for name, value in zip(agent.metrics, values, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
+
+    try:
+        while progress.agent_step < args.total_timesteps or progress.phase != "act":
+            if progress.phase == "act":
+                # ALGO LOGIC: put action logic here
+                action = agent.explore(obs, progress.agent_step < args.learning_starts, exploration)
+
+                # TRY NOT TO MODIFY: execute the game and store the transition
+                obs, reward, terminated, truncated, _ = env.step(action.numpy())
+                rb.add(action.numpy(), reward, obs, terminated)
+                actions.append(action)
+                progress.agent_step += 1
+                progress.episode_return += float(reward)
+                if terminated or truncated:
+                    writer.add_scalar("charts/episodic_return", progress.episode_return, progress.agent_step)
+                    writer.add_scalar("charts/episodic_length", len(actions), progress.agent_step)
+                    progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
+                    obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
+                    rb.start_episode(obs)
+                progress.phase = "train"
+
+            if progress.phase == "train":
+                # ALGO LOGIC: training
+                if progress.agent_step < args.learning_starts:
+                    progress.phase = "evaluate"
+                elif agent.train_step(rb, stopped):
+                    check_finite()
+                    if progress.agent_step % args.log_interval == 0:
+                        log_training()
+                    progress.phase = "evaluate"
+
+            if progress.phase == "evaluate" and not stop.is_set():
+                if progress.agent_step % args.eval_interval == 0 or progress.agent_step == args.total_timesteps:
+                    bar.set_description("evaluating")
+                    seeds = [episode_seed(args.seed, 1, progress.agent_step, i) for i in range(args.eval_episodes)]
+                    frames = [] if args.capture_video else None
+                    returns = evaluate(agent, eval_envs, seeds, stopped, frames)
+                    if returns is not None:
+                        log_evaluation(returns, frames)
+                        bar.set_description("")
+                        progress.phase = "act"
+                else:
+                    progress.phase = "act"
+
+            bar.update(progress.agent_step - bar.n)
+            if stop.is_set() or (progress.phase == "act" and progress.agent_step % args.checkpoint_interval == 0):
+                save_checkpoint()
+            if stop.is_set():
+                bar.close()
+                print(f"stopped at agent step {progress.agent_step:,}; start the same command again to go on")
+                return RESUME_ME
+        save_checkpoint(finished=True)
+        writer.close()
+    except FloatingPointError as error:
+        writer.flush()
+        fail(
+            f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "
+            "learning rate may help, or an architecture with LayerNorm, under another --exp-name"
+        )
+    except OSError as error:
+        fail(f"cannot write to {run_dir} ({error}); free some space and start the same command again")
+    bar.close()
+    print(f"finished: results in {run_dir}")
+    return 0
+
+
+def play(args: Args) -> int:
+    """Play a saved agent and print its returns. Returns the exit code."""
+    path = Path(args.eval_only)
+    path = path / "agent.pt" if path.is_dir() else path
+    if not path.exists():
+        fail(f"{path} does not exist: --eval-only takes a run directory or the agent.pt of a finished run", 2)
+    saved = load(path, "args", "modules")
+    trained = Args(**saved["args"])
+    device = torch.device("cuda" if args.cuda else "cpu")
+    try:
+        choose_mujoco_gl(trained.env_id, args.capture_video)
+        envs = [
+            make_env(trained.env_id, args.seed, trained.action_repeat, render=args.capture_video and i == 0)
+            for i in range(args.eval_episodes)
+        ]
+    except (ValueError, RuntimeError) as error:
+        fail(str(error), 2)
+    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    agent = make_agent(trained, obs_dim, action_dim, device)
+    agent.load_policy_state_dict(saved)
+    frames = [] if args.capture_video else None
+    seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
+    try:
+        returns = evaluate(agent, envs, seeds, lambda: False, frames)
+    except FloatingPointError as error:
+        fail(f"{error}")
+    for i, value in enumerate(returns):
+        print(f"episode {i + 1}: return {value:.1f}")
+    print(f"{trained.env_id}: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}")
+    if frames:
+        write_video(path.parent / "videos" / "eval_only.mp4", frames)
+    return 0
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    validate(args)
+    return play(args) if args.eval_only else train(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
