@@ -1,12 +1,13 @@
 # `make demo` trains a small agent, `make test` runs the tests. Both install what they need into .venv.
 PYTHON ?= python3
-DEMO = --env cartpole-swingup --exp-name demo
+DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
+	--total-timesteps 7000 --eval-interval 1000 --eval-episodes 5 --exp-name demo
 
 .PHONY: demo test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	.venv/bin/python mst_mrq.py $(DEMO)
+	OMP_NUM_THREADS=1 .venv/bin/python mst_mrq.py $(DEMO)
 
 test: .venv/installed
 	.venv/bin/ruff check .
