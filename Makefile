@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
 	--total-timesteps 7000 --eval-interval 1000 --eval-episodes 5 --exp-name demo
 
-.PHONY: demo test lint
+.PHONY: demo test
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
