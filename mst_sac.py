@@ -269,6 +269,9 @@ def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: b
     if ":" in env_id or env_id in gym.registry:  # "package:Name-v0" imports the package, which registers the name
         try:
             env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+            if render:  # what it renders with may not be installed: notice it now
+                env.reset()
+                env.render()
         except (gym.error.Error, ImportError) as error:
             raise ValueError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
         actions = env.action_space
@@ -1018,6 +1021,8 @@ def train(args: Args) -> int:
     try:
         choose_mujoco_gl(args.env_id, args.capture_video)
         env = make_env(args.env_id, args.seed, args.action_repeat)
+        if args.capture_video:
+            make_env(args.env_id, args.seed, args.action_repeat, render=True).close()
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]

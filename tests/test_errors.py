@@ -121,6 +121,16 @@ def test_track_without_wandb_says_how_to_install_it(main):
     assert_one_error(main("--track"), 2, "pip install wandb")
 
 
+@pytest.mark.skipif(bool(importlib.util.find_spec("pygame")), reason="pygame is installed")
+def test_an_environment_that_cannot_be_rendered_is_refused_before_training(script, tmp_path, monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    ended = command(script, "--env", "Pendulum-v1", "--capture-video", cwd=tmp_path)  # it draws with pygame
+    if "no OpenGL" in ended.err:
+        pytest.skip("this machine has neither EGL nor OSMesa")
+    assert_one_error(ended, 2, "Pendulum-v1", "pygame")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "part"),
     [
