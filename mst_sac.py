@@ -564,7 +564,7 @@ MODULES = ("critic", "actor")
 class Agent:
     """Critic with its target, actor, their optimizers and sparsifiers, temperature, and the observations' statistics.
 
-    Updates change tensors in place and never wait for the device, so that they can be captured in CUDA graphs.
+    Updates change tensors in place and wait for the device at topology updates only. No CUDA graph has been tried yet.
     `training_updates` is the planned number of updates of each module, which the schedules of eqs. 1 and 2 run over.
     """
 
@@ -1220,6 +1220,8 @@ def play(args: Args) -> int:
     if not path.exists():
         fail(f"{path} does not exist: --eval-only takes a run directory or the agent.pt of a finished run", 2)
     saved = load(path, "args", "modules")
+    if saved["args"].keys() != asdict(args).keys():
+        fail(f"{path} is of another script, or of another version of this one: play it with that one", 2)
     trained = Args(**saved["args"])
     device = torch.device("cuda" if args.cuda else "cpu")
     try:

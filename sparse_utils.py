@@ -10,8 +10,8 @@ Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to imp
     optimizer.step()
 
 A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
-forward pass. Weights, masks and optimizer state are changed in place, never replaced, so that `torch.compile` and CUDA
-graphs keep working.
+forward pass. Weights, masks and optimizer state are changed in place, never replaced, as `torch.compile` and CUDA graphs
+need it (CUDA graphs are untried).
 
 Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
 (Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
@@ -321,7 +321,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients outside the masks, in place and without a host sync; can be captured in a CUDA graph."""
+        """Zero the gradients outside the masks, in place and without a host sync, as a CUDA graph needs it."""
         for name, mask in self.masks.items():
             grad = self.weights[name].grad
             if grad is not None:

@@ -1,5 +1,6 @@
 """What the scripts share is copied to the letter."""
 
+import ast
 import difflib
 from pathlib import Path
 
@@ -7,6 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COPIES = ["mst_sac", "mst_ddpg", "mst_mrsac"]
+# What differs between the two scripts of a family: the policy and its losses. All else that both define is the same.
+POLICY = {
+    "Args", "Actor.__init__", "Actor.forward", "Agent.__init__", "Agent.act", "Agent.explore",
+    "Agent.update_critic_and_actor", "Agent.state_dict", "Agent.load_state_dict", "validate",
+}  # fmt: skip
+DIFFERENCES = {("mst_mrq", "mst_mrsac"): POLICY, ("mst_sac", "mst_ddpg"): POLICY | {"Agent.noise"}}
 
 
 def common_blocks(script: str) -> list[list[tuple[int, str]]]:
@@ -45,3 +52,29 @@ def test_the_model_has_two_common_blocks_that_hold_the_shared_names():
 def test_common_blocks_are_letter_identical(script):
     difference = first_difference("mst_mrq", script)
     assert difference is None, difference
+
+
+def definitions(script: str) -> dict[str, str]:
+    """The source of every function, method and class without methods, by qualified name."""
+    source, found = (ROOT / f"{script}.py").read_text(), {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and any(isinstance(child, ast.FunctionDef) for child in node.body):
+                visit(node.body, f"{node.name}.")
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = ast.get_source_segment(source, node)
+
+    visit(ast.parse(source).body, "")
+    return found
+
+
+@pytest.mark.parametrize(("script", "other"), DIFFERENCES, ids=" ".join)
+def test_two_scripts_of_a_family_differ_in_the_algorithm_alone(script, other):
+    ours, theirs = definitions(script), definitions(other)
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == DIFFERENCES[script, other]
+
+
+@pytest.mark.parametrize("script", COPIES)
+def test_scales_mean_the_same_in_every_script(script):
+    assert definitions(script)["module_scale"] == definitions("mst_mrq")["module_scale"]

@@ -1,5 +1,7 @@
 """The scripts whose run loop is MR.Q's to the letter: what tests/test_runs.py shows of it holds with their agents."""
 
+import dataclasses
+import importlib
 import re
 import signal
 
@@ -49,6 +51,13 @@ def test_eval_only_plays_the_agent(main, reference):
     ended = main("--eval-only", str(reference))
     assert (ended.code, ended.err) == (0, "")
     assert len(re.findall(r"episode \d: return [\d.]+", ended.out)) == 2
+
+
+def test_the_agent_of_another_script_is_refused(main, script, tmp_path):
+    other = "mst_ddpg" if script == "mst_mrsac" else "mst_mrq"
+    arguments = dataclasses.asdict(importlib.import_module(other).Args())
+    torch.save({"args": arguments, "modules": {}}, tmp_path / "agent.pt")
+    assert_one_error(main("--eval-only", str(tmp_path / "agent.pt")), 2, "another script")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--gamma", "1.1"), ("--critic-sparsity", "1"), ("--actor-lr", "0")])
