@@ -10,8 +10,8 @@ Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to imp
     optimizer.step()
 
 A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
-forward pass. Weights, masks and optimizer state are changed in place, never replaced, as `torch.compile` and CUDA graphs
-need it (CUDA graphs are untried).
+forward pass. Weights, masks and optimizer state are changed in place, never replaced, as `torch.compile` and CUDA
+graphs need it (CUDA graphs are untried).
 
 Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
 (Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
