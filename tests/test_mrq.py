@@ -144,15 +144,21 @@ def test_sampling_frequencies_are_proportional_to_the_priorities():
     torch.testing.assert_close(counts[counts > 0] / 1e5, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.006)
 
 
-def test_a_million_small_priorities_beside_large_ones_keep_their_share():
-    # a running float32 sum stops growing at 2^24: the second half would never be drawn
+def test_small_priorities_beside_a_large_one_are_told_apart_and_no_index_is_past_the_end(monkeypatch):
     rb = ReplayBuffer(1_000_000, 1, 1, 1, seed=0)
     rb.priority[:1_000_000] = 1.0
-    rb.priority[0] = 5e7
-    index = torch.cat([rb.sample_index(1000) for _ in range(20)])
-    assert index.max() < 1_000_000
-    # expected share of the second half: 500,000 / 51,000,000 = 0.0098, standard deviation 0.0007
-    assert abs((index >= 500_000).double().mean() - 0.0098) < 0.003
+    rb.priority[0] = 2.0**36  # in float32, sums beyond it are multiples of 8192: eight rows of 1024 look like one
+    row = torch.arange(1, 977)  # the last one has 576 slots
+    middle = (2.0**36 + 1023 + 1024 * (row.double() - 1) + 512) / (2.0**36 + 999_999)
+    draws = torch.stack([middle, torch.full((976,), 0.5, dtype=torch.float64)])[..., None]
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: draws)
+    expected = row * 1024 + 512
+    expected[-1] = 976 * 1024 + 288
+    assert rb.sample_index(976).tolist() == expected.tolist()
+    draws = torch.tensor([[[0.0]], [[(2.0**36 + 511.5) / (2.0**36 + 1023)]]], dtype=torch.float64)
+    assert rb.sample_index(1).tolist() == [512]  # in the row of the large one
+    draws = torch.full((2, 1, 1), 1 - 2.0**-53, dtype=torch.float64)  # the largest number below 1
+    assert rb.sample_index(1).tolist() == [999_999]
 
 
 def test_a_new_start_gets_the_largest_priority_and_at_least_1():

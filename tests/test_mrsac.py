@@ -65,6 +65,16 @@ def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_rew
     assert agent.metrics["losses/td_error"].item() == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
 
 
+def test_the_actor_maximises_entropy_and_the_mean_of_both_heads():
+    agent = small_agent(initial_temperature=0.5)
+    zero = lambda zsa: 0 * (zsa.sum() + sum(p.sum() for p in agent.critic.parameters()))  # noqa: E731
+    agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]).expand(len(zsa), 2) + zero(zsa)
+    agent.update_critic_and_actor(small_batch())
+    expected = -0.5 * agent.metrics["losses/entropy"] - 3  # and the pre-activation penalty, of weight 1e-5
+    assert agent.metrics["losses/actor_loss"].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert abs(agent.metrics["losses/entropy"]) > 0.1
+
+
 @pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
 def test_the_temperature_rises_while_the_entropy_is_below_its_target(target_entropy, direction):
     agent = small_agent(target_entropy=target_entropy)
