@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -1088,6 +1089,28 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
     imageio.mimwrite(path, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
 
 
+def tensorboard_layout() -> dict:
+    """Charts of TensorBoard's "Custom Scalars": returns, then a row per pathology with a chart per module."""
+
+    def chart(tag: str) -> list:
+        return ["Multiline", [f"{tag}$"]]  # a regular expression, matched from the start
+
+    pathologies = ("srank", "dormant_ratio", "weight_norm", "grad_norm")
+    return {
+        "return": {"evaluation": chart("eval/episode_return_mean"), "training": chart("charts/episodic_return")},
+        **{what: {name: chart(f"plasticity/{name}_{what}") for name in MODULES} for what in pathologies},
+        "replaced connections": {name: chart(f"sparsity/{name}_replaced") for name in MODULES},
+        "losses": {name: chart(f"losses/{name}") for name in ("critic_loss", "actor_loss", "q_values")},
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors on a GPU held, or that the process held in main memory, at most since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @dataclass
 class Progress:
     """Where a run is. An agent step has three phases, and a checkpoint can be taken between and within them."""
@@ -1163,8 +1186,10 @@ def train(args: Args) -> int:
     if not checkpoint:
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        writer.add_custom_scalars(tensorboard_layout())
     del checkpoint  # its replay buffer may be large
     start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
+    last_time, last_step = start_time, start_step  # of the last evaluation
     bar = tqdm(
         total=args.total_timesteps, initial=start_step, unit="step", miniters=0, mininterval=0.5,
         disable=not sys.stderr.isatty(),
@@ -1196,6 +1221,7 @@ def train(args: Args) -> int:
 
     def log_evaluation(returns: np.ndarray, frames: list | None) -> None:
         """One line to `eval.csv` (durable at once), TensorBoard and the log."""
+        nonlocal last_time, last_step
         mean, std, step = returns.mean(), returns.std(), progress.agent_step
         seconds = time.time() - start_time
         path = run_dir / "eval.csv"
@@ -1207,7 +1233,11 @@ def train(args: Args) -> int:
             print(*row, sep=",", file=file)
             file.flush()
             os.fsync(file.fileno())
-        scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+        scalars = {
+            "eval/episode_return_mean": mean,
+            "eval/episode_return_std": std,
+            "charts/peak_memory_gib": peak_memory(device) / 2**30,
+        }
         for name, sparsifier in agent.sparsifier.items():
             scalars[f"sparsity/{name}_sparsity"] = sparsifier.sparsity()
             scalars[f"sparsity/{name}_topology_updates"] = sparsifier.topology_updates
@@ -1218,8 +1248,10 @@ def train(args: Args) -> int:
             writer.add_scalar(name, value, step)
         if frames:
             write_video(run_dir / "videos" / f"agent_step_{step}.mp4", frames)
-        sps = (step - start_step) / seconds
-        left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if sps else ""
+        sps = (step - last_step) / (time.time() - last_time)
+        trained = sps and last_step >= args.learning_starts  # random steps are too fast to tell the time left
+        left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if trained else ""
+        last_time, last_step = time.time(), step
         tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
         sys.stdout.flush()
         bar.set_postfix_str(f"return {mean:.1f}")

@@ -168,14 +168,14 @@ def evaluations(run_dir: Path) -> list[list[str]]:
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """All TensorBoard values of all event files by tag and step, without the speed. No value is there twice."""
+    """All TensorBoard values of all event files by tag and step, without speed and memory. No value is there twice."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     values = {}
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.HasField("simple_value") and value.tag != "charts/SPS":
+                if value.HasField("simple_value") and value.tag not in ("charts/SPS", "charts/peak_memory_gib"):
                     assert (value.tag, event.step) not in values, f"{value.tag} at step {event.step} is there twice"
                     values[value.tag, event.step] = value.simple_value
     return values

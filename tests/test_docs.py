@@ -64,7 +64,20 @@ def documented(script: str) -> set[str]:
     return tags
 
 
-def test_the_documented_metrics_are_those_of_a_run(reference, script):
+@pytest.fixture
+def tags(reference) -> dict[str, list[str]]:
+    """The tags that a run has logged, by kind."""
     events = EventAccumulator(str(reference))
     events.Reload()
-    assert documented(script) == set(events.Tags()["scalars"])
+    return events.Tags()
+
+
+def test_the_documented_metrics_are_those_of_a_run(tags, script):
+    assert documented(script) == set(tags["scalars"])
+
+
+def test_every_custom_chart_shows_one_metric(tags, script):
+    assert "custom_scalars__config__" in tags["tensors"]
+    for row in importlib.import_module(script).tensorboard_layout().values():
+        for _, (pattern,) in row.values():  # TensorBoard matches it from the start of a tag
+            assert len([tag for tag in tags["scalars"] if re.match(pattern, tag)]) == 1, pattern
