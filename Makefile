@@ -1,9 +1,10 @@
 # `make demo` trains a small agent, `make test` runs the tests. Both install what they need into .venv.
+# `make test-slurm` sends a figure through a real Slurm; as root on Debian, where it installs slurm-wlm and munge.
 PYTHON ?= python3
 DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
 	--total-timesteps 7000 --eval-interval 1000 --eval-episodes 5 --exp-name demo
 
-.PHONY: demo test
+.PHONY: demo test test-slurm
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -13,6 +14,9 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+test-slurm: .venv/installed
+	.venv/bin/python -m pytest -s -rs tests/slurm_check.py
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

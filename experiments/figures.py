@@ -15,6 +15,12 @@ DEFAULTS = {
     "residual": "pre", "distribution": "er", "growth": "rigl", "critic_sparsity": 0.6, "actor_sparsity": 0.6,
     "topology_update_interval": 1000, "drop_fraction": 0.5,
 }  # fmt: skip
+SIMBA_DEFAULTS = DEFAULTS | {"critic_sparsity": 0.8, "actor_sparsity": 0.8}
+
+
+def defaults(script: str) -> dict:
+    """What the cells of a script leave out: the script's own defaults."""
+    return SIMBA_DEFAULTS if script in ("mst_sac", "mst_ddpg") else DEFAULTS
 
 
 def grid(**axes: tuple) -> list[dict]:
@@ -26,7 +32,8 @@ def cells(base: dict, *changes: dict) -> tuple[dict, ...]:
     """The base with each of the changes; equal cells once."""
     found: list[dict] = []
     for change in changes:
-        cell = {flag: value for flag, value in (base | change).items() if DEFAULTS.get(flag) != value}
+        default = defaults(base["script"])
+        cell = {flag: value for flag, value in (base | change).items() if default.get(flag) != value}
         if cell not in found:
             found.append(cell)
     return tuple(found)
@@ -66,7 +73,7 @@ class Run:
     @property
     def directory(self) -> str:
         """Name of the run directory that the script makes."""
-        return f"{self.env}__{self.exp_name}__{self.seed}"
+        return f"{self.env.replace('/', '-')}__{self.exp_name}__{self.seed}"
 
     def arguments(self) -> list[str]:
         """What follows `python` on the command line."""
@@ -121,10 +128,10 @@ ACTOR_TYPES = cells(STRONG_ENCODER, *grid(actor_arch=TYPES, actor_regime=REGIMES
 ACTOR_SCALES = cells(STRONG_ENCODER, *grid(actor_arch=(1, 3, 5), actor_scale=SCALES, actor_regime=REGIMES))
 ACTOR_5X = cells(STRONG_ENCODER, *grid(actor_arch=(3, 5), actor_scale=(5,), actor_regime=REGIMES))
 SIMBA_SCALES = tuple(
-    {"script": script, **cell}
+    cell
     for script in ("mst_sac", "mst_ddpg")
     for regimes in (DENSE, MST)
-    for cell in cells(SIMBA | regimes, *dimensions((1, 2, 3, 4, 5)))
+    for cell in cells({"script": script, **SIMBA, **regimes}, *dimensions((1, 2, 3, 4, 5)))
 )
 PAIRS = (("dense", "dense"), ("dst", "sst"), ("sst", "sst"), ("dst", "dst"), ("sst", "dst"))
 ASSIGNMENTS = [{"critic_regime": critic, "actor_regime": actor} for critic, actor in PAIRS]
@@ -227,16 +234,23 @@ def runs(
         only: flags with the values (as text) that a cell may have, such as {"critic_arch": ("4", "6")}.
 
     Raises:
-        ValueError: unknown figure, or no cell is left; the message says what to write instead.
+        ValueError: unknown figure, a value that no cell has, or a task twice; the message says what to write instead.
     """
     if figure not in FIGURES:
         raise ValueError(f"no figure {figure}: choose one of {', '.join(FIGURES)}")
     declared = FIGURES[figure]
-    chosen = [
-        cell for cell in declared.cells if all(str(cell.get(flag)) in values for flag, values in (only or {}).items())
-    ]
+    chosen = declared.cells
+    for flag, values in (only or {}).items():
+        known = sorted({str((defaults(cell["script"]) | cell).get(flag)) for cell in declared.cells})
+        if known == ["None"]:
+            raise ValueError(f"no cell of {figure} has {flag}: choose from {', '.join(declared.cells[0])}")
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"no cell of {figure} has {flag} {', '.join(unknown)}: choose from {', '.join(known)}")
+        chosen = [cell for cell in chosen if str((defaults(cell["script"]) | cell).get(flag)) in values]
     if not chosen:
-        raise ValueError(f"no cell of {figure} has {only}: its flags are {', '.join(declared.cells[0])}")
+        raise ValueError(f"no cell of {figure} has all of {only}")
+    if envs and len(set(envs)) < len(envs):
+        raise ValueError(f"a task is there twice: {', '.join(envs)}")
     envs = envs or ((TOY_TASK,) if toy else declared.envs)
     seeds = seeds or (2 if toy else declared.seeds)
     return [Run(cell, env, seed, toy) for seed in range(1, seeds + 1) for env in envs for cell in chosen]

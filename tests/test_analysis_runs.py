@@ -1,0 +1,227 @@
+"""Loading: what is missing, short or damaged is named, nothing counts twice, and sizes are those of the networks."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from analysis.runs import load_figure, load_published, load_runs, size
+from experiments import figures
+
+HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
+PRE, POST = figures.runs("fig17", toy=True)[:2]
+
+
+def write(runs_dir: Path, run: figures.Run, steps=(0, 1250), scalars=(), **changes) -> Path:
+    """A run directory as the script leaves it, with a return of 10 more at each evaluation."""
+    path = runs_dir / run.directory
+    flags = dict(run.cell)
+    script = flags.pop("script")
+    args = importlib.import_module(script).Args(**figures.toy(script, flags) | {"env_id": run.env, "seed": run.seed})
+    args = dataclasses.asdict(args) | {"exp_name": run.exp_name} | changes
+    path.mkdir(parents=True)
+    config = {"args": args, "command": [f"/somewhere/{script}.py"], "git_commit": "abc"}
+    (path / "config.json").write_text(json.dumps(config))
+    rows = [f"{step},{8 * step},{10.0 * i},1.5,5,{float(i)}\n" for i, step in enumerate(steps)]
+    (path / "eval.csv").write_text(HEADER + "".join(rows))
+    if scalars:
+        log(path, scalars)
+    return path
+
+
+def log(path: Path, scalars, suffix="") -> Path:
+    with SummaryWriter(path, filename_suffix=suffix) as writer:
+        for tag, step, value in scalars:
+            writer.add_scalar(tag, value, step)
+    return next(path.glob(f"events*{suffix}"))
+
+
+def load(runs_dir, **options):
+    return load_figure("fig17", runs_dir, toy=True, seeds=1, only={"critic_scale": ("1",)}, **options)
+
+
+def test_missing_and_short_runs_are_named(tmp_path):
+    write(tmp_path, PRE, steps=(0, 250, 500))
+    loaded = load(tmp_path)
+    assert loaded.runs[["residual", "state", "agent_step"]].values.tolist()[0] == ["pre", "short", 500]
+    assert loaded.runs["state"].tolist() == ["short", "missing"]
+    assert loaded.report() == (
+        f"missing: cartpole-balance__{POST.exp_name}, seed 1\nshort: {PRE.directory}, 500 of 1,250 agent steps"
+    )
+
+
+def test_evaluations_are_tidy(tmp_path):
+    path = write(tmp_path, PRE)
+    write(tmp_path, POST)
+    loaded = load(tmp_path)
+    assert loaded.report() == ""
+    assert loaded.runs["state"].tolist() == ["complete", "complete"]
+    found = loaded.evaluations[["residual", "seed", "agent_step", "env_step", "episode_return_mean"]].values.tolist()
+    assert found == [
+        ["pre", 1, 0, 0, 0],
+        ["pre", 1, 1250, 10_000, 10],
+        ["post", 1, 0, 0, 0],
+        ["post", 1, 1250, 10_000, 10],
+    ]
+    assert set(loaded.identity) < set(loaded.evaluations)
+    assert loaded.runs[["directory", "wall_seconds", "git_commit"]].values.tolist()[0] == [str(path), 1.0, "abc"]
+
+
+@pytest.mark.parametrize("tail", ["1250,10000,20.0,1.5,5", "1250,10000,20.0,1.5,5,2.", "12\n", "x,1,1,1,1,1\n", "\n"])
+def test_a_damaged_line_is_left_out_and_named(tmp_path, tail):
+    path = write(tmp_path, PRE, steps=(0, 250))
+    with open(path / "eval.csv", "a") as file:
+        file.write(tail)
+    loaded = load(tmp_path)
+    assert loaded.evaluations["agent_step"].tolist() == [0, 250]
+    assert f"damaged: eval.csv of {PRE.directory}, line 4 (left out)" in loaded.report()
+
+
+def test_other_columns_are_named(tmp_path):
+    path = write(tmp_path, PRE)
+    (path / "eval.csv").write_text("step,return\n")
+    assert f"damaged: eval.csv of {PRE.directory}, line 1" in load(tmp_path).report()
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (write(tmp_path, PRE) / "config.json").write_text("{")
+    assert f"damaged: config.json of {PRE.directory}" in load(tmp_path).report()
+    write(tmp_path, POST)
+    loaded = load_runs(tmp_path)
+    assert loaded.runs["exp_name"].tolist() == [POST.exp_name]
+    assert loaded.report() == f"damaged: config.json of {PRE.directory} (left out)"
+
+
+def test_other_arguments_than_declared_are_named(tmp_path):
+    write(tmp_path, PRE, total_timesteps=300, steps=(0, 300), log_interval=7)  # the last changes no result
+    loaded = load(tmp_path)
+    assert loaded.runs["state"][0] == "complete"
+    assert f"not as declared: total_timesteps 300 instead of 1250 in 1 of 2 runs ({PRE.directory})" in loaded.report()
+    assert "log_interval" not in loaded.report()
+
+
+def test_a_value_logged_twice_by_a_resumed_run_counts_once(tmp_path):
+    tag = "plasticity/critic_srank"
+    path = write(tmp_path, PRE, scalars=[(tag, 50, 1), (tag, 100, 2), ("losses/critic_loss", 100, 9)])
+    log(path, [(tag, 100, 3), (tag, 150, 4)], suffix=".resumed")
+    found = load(tmp_path).scalars([tag, "absent"])
+    assert found[["residual", "tag", "agent_step", "value"]].values.tolist() == [
+        ["pre", tag, 50, 1], ["pre", tag, 100, 3], ["pre", tag, 150, 4]
+    ]  # fmt: skip
+
+
+def test_a_record_cut_off_by_a_crash_ends_its_file(tmp_path):
+    tag = "plasticity/critic_srank"
+    path = write(tmp_path, PRE)
+    events = log(path, [(tag, 50, 1), (tag, 100, 2)])
+    whole = events.read_bytes()
+    for length in range(len(whole) - 60, len(whole)):  # the last record has 57 bytes
+        events.write_bytes(whole[:length])
+        assert load(tmp_path).scalars([tag])["value"].tolist() in ([1], [])
+    assert load(tmp_path).scalars(["absent"]).empty
+
+
+def test_peak_memory_is_the_largest_value_of_all_processes(tmp_path):
+    path = write(tmp_path, PRE, scalars=[("charts/peak_memory_gib", 250, 2.5), ("charts/peak_memory_gib", 500, 3.5)])
+    log(path, [("charts/peak_memory_gib", 750, 3.0)], suffix=".resumed")
+    assert load(tmp_path).runs["peak_memory_gib"][0] == 3.5
+
+
+def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_size(tmp_path):
+    loaded = load_figure("rigl", tmp_path, toy=True)
+    assert sorted(set(loaded.runs["topology_update_interval"])) == [100, 1000, 10_000]  # 10 to 1000 in the toy runs
+    assert sorted(set(loaded.runs["drop_fraction"])) == [0.1, 0.3, 0.5]
+    assert set(loaded.runs["critic_scale"]) == {5}
+
+
+def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
+    write(tmp_path, PRE)
+    loaded = load_runs(tmp_path)
+    row = loaded.runs.iloc[0]
+    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "cartpole-balance", "pre", 64)
+    with pytest.raises(ValueError, match="give the folder that holds the run directories"):
+        load_runs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="give the one that holds the run directories"):
+        load(tmp_path / "nowhere")
+
+
+def test_published_curves_need_their_columns(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text("env,algo,seed,agent_step,env_step,return\ndog-run,mrq,0,5000,10000,3.5\n")
+    assert load_published(path).values.tolist() == [["dog-run", "mrq", 0, 5000, 10000, 3.5]]
+    path.write_text("env,algo,seed,agent_step,env_step\n")
+    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
+        load_published(path)
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+ENV = {"env_id": "humanoid-run"}
+
+
+def test_parameters_are_those_of_the_paper():
+    assert size("mst_sac", ENV | {"width_scale": 4, "depth_scale": 3})["parameters"] == 207_960_619  # "SAC, 207M"
+    # the paper's "2/37/154M, 3/33/139M, 1.3/16/69M" (Figs. 4, 6 and 9), critic and actor on an encoder of scale 3
+    exact = {1: [2_010_112, 2_625_538, 1_323_029], 3: [36_713_472, 33_054_722, 16_558_101]}
+    exact[5] = [154_270_720, 138_997_762, 69_550_101]
+    for scale, parameters in exact.items():
+        assert size("mst_mrq", ENV | {"encoder_scale": scale})["encoder_parameters"] == parameters[0]
+        scales = {"encoder_scale": 3, "critic_scale": scale, "actor_scale": scale}
+        counted = size("mst_mrq", ENV | scales)
+        assert [counted["critic_parameters"], counted["actor_parameters"]] == parameters[1:]
+
+
+@pytest.mark.parametrize("distribution", ["er", "uniform", "uniform-dense-output"])
+@pytest.mark.parametrize("script", ["mst_mrq", "mst_sac", "mst_ddpg", "mst_mrsac"])
+def test_active_parameters_are_those_outside_the_masks(script, distribution):
+    args = {"critic_regime": "dst", "actor_regime": "sst", "distribution": distribution, "width_scale": 0.1} | ENV
+    module = importlib.import_module(script)
+    networks = module.Args(**args)
+    if hasattr(module, "fill_in"):
+        module.fill_in(networks)
+    agent = module.make_agent(networks, 67, 21, torch.device("cpu"))  # humanoid's observation and action
+    counted = size(script, dataclasses.asdict(networks))
+    for name in ("critic", "actor"):
+        parameters = sum(p.numel() for p in getattr(agent, name).parameters())
+        zeros = sum(int((~mask).sum()) for mask in agent.sparsifier[name].masks.values())
+        assert counted[f"{name}_parameters"] == parameters
+        assert counted[f"{name}_active"] == parameters - zeros
+
+
+def test_flops_are_two_per_weight_and_sample():
+    args = ENV | {"critic_regime": "sst", "critic_sparsity": 0.5, "distribution": "uniform"}
+    weights = 2 * (3 * 512 * 512 + 512)  # two heads: projection, a block of two layers, output
+    counted = size("mst_mrq", args)
+    assert counted["critic_flops"] == 2 * weights
+    assert counted["critic_sparse_flops"] == 2 * weights / 2
+    assert counted["sparse_flops"] == sum(counted[f"{m}_sparse_flops"] for m in ("encoder", "critic", "actor"))
+    # dense, without the predictor: zs (67 observations), za (21 actions), zsa (512 of zs and 256 of za)
+    weights = (67 + 3 * 512) * 512 + 21 * 256 + (512 + 256 + 3 * 512) * 512
+    assert counted["encoder_sparse_flops"] == counted["encoder_flops"] == 2 * weights
+
+
+@pytest.mark.parametrize(
+    "regime, share",
+    [
+        ("s2d", 1 / 3),  # the mean of (1 - x)^2
+        ("d2s", 0.6 * 2 / 3 + 0.2),  # 0 for a fifth of training, then the mean of 1 - (1 - x)^2, then 1 for a fifth
+    ],
+)
+def test_a_schedule_counts_with_its_mean(regime, share):
+    args = ENV | {"critic_regime": regime, "critic_sparsity": 0.5, "distribution": "uniform"}
+    weights = 2 * (3 * 512 * 512 + 512)
+    counted = size("mst_mrq", args)
+    assert counted["critic_sparse_flops"] == pytest.approx(2 * weights * (1 - 0.5 * share), rel=1e-5)
+
+
+def test_an_environment_that_cannot_be_made_is_named(tmp_path):
+    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
+    loaded = load_runs(tmp_path)
+    assert np.isnan(loaded.runs["parameters"]).all()
+    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
+    assert len(loaded.evaluations) == 2

@@ -1,0 +1,433 @@
+"""Figures, their order in Slurm arrays, the state of runs, and the programs that start and watch them.
+
+The training scripts are played by small stand-ins here; tests/slurm_check.py trains on a real Slurm.
+"""
+
+import fcntl
+import importlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.__main__ import ARRAY_SH, arrays, main, make_parser, of_task, ranges
+from experiments.figures import FIGURES, Run, defaults, runs
+from experiments.status import exit_path, log_path, status
+from experiments.supervise import supervise
+from mst_mrq import save
+
+EVERY_RUN = [run for name in FIGURES for toy in (False, True) for run in runs(name, toy)]
+
+
+def test_no_two_runs_share_a_directory():
+    by_directory: dict[str, Run] = {}
+    for run in EVERY_RUN:
+        assert by_directory.setdefault(run.directory, run) == run
+    assert len(by_directory) > 5000
+
+
+# The matrix of the paper's experiments: types x scales x regimes of its section 3, the methods of section 4 and App. D.
+@pytest.mark.parametrize(
+    ("figure", "cells", "number"),
+    [
+        ("fig02", 6 * 5, 6 * 5 * 2 * 8),  # types, regimes; tasks, seeds
+        ("fig04", 3 * 3 * 5, 3 * 3 * 5 * 2 * 8),  # encoder types 2, 4 and 6, scales 1, 3 and 5
+        ("fig05", 6 * 5, 6 * 5 * 2 * 8),
+        ("fig06", 6 * 3 * 5, 6 * 3 * 5 * 2 * 8),  # all critic types
+        ("fig08", 6 * 5, 6 * 5 * 2 * 8),
+        ("fig09", 3 * 3 * 5, 3 * 3 * 5 * 2 * 8),  # actor types 1, 3 and 5
+        ("fig11", 3 * 3, 3 * 3 * 2 * 8),  # MR.Q, + Res, + MST; scales
+        ("fig12", 1 + 1 + 1 + 7, 10 * 1 * 8),  # MST; uniform; SET; sparsity 0.2 to 0.9 but 0.6, which is MST; dog-run
+        ("fig13", 2 * 2 * (1 + 4 * 3), 52 * 4 * 8),  # algorithms, dense and MST, x1 and 4 larger in 3 ways; 4 tasks
+        ("fig14", 5, 5 * 1 * 8),  # humanoid-run
+        ("fig17", 2 * 2, 2 * 2 * 2 * 8),  # pre and post, scales 1 and 3
+        ("fig26", 2 * (1 + 2 * 3), 14 * 2 * 5),  # dense and MST, x1 and 2 larger in 3 ways; 5 seeds
+        ("sparsity", 6, 6 * 2 * 8),
+        ("rigl", 3 * 3, 3 * 3 * 2 * 8),
+    ],
+)
+def test_a_figure_has_the_cells_of_the_papers_matrix(figure, cells, number):
+    assert (len(FIGURES[figure].cells), len(runs(figure))) == (cells, number)
+
+
+@pytest.mark.parametrize(("part", "whole"), [("fig03", "fig02"), ("fig07", "fig06"), ("fig10", "fig09")])
+def test_a_figure_of_another_ones_runs_needs_no_more(part, whole):
+    assert {run.directory for run in runs(part)} < {run.directory for run in runs(whole)}
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_every_command_line_is_what_its_cell_says(toy):
+    distinct = {run.exp_name: run for run in EVERY_RUN if run.toy == toy}
+    scripts = {name: importlib.import_module(name) for name in ("mst_mrq", "mst_sac", "mst_ddpg", "mst_mrsac")}
+    for run in distinct.values():
+        script = scripts[run.cell["script"]]
+        args = tyro.cli(script.Args, args=run.arguments()[1:])
+        script.validate(args)  # ends with exit code 2 at a wrong one
+        assert run.directory == f"{args.env_id}__{args.exp_name}__{args.seed}"
+        expected = {
+            flag: value for flag, value in (defaults(script.__name__) | run.cell).items() if hasattr(args, flag)
+        }
+        if toy:  # it has sizes and clocks of its own
+            expected = {k: v for k, v in expected.items() if not k.endswith(("scale", "topology_update_interval"))}
+        assert {flag: getattr(args, flag) for flag in expected} == expected
+
+
+def test_only_finds_a_value_that_cells_leave_out():
+    assert {run.exp_name for run in runs("fig12", only={"growth": ("set",)})} == {
+        "mrq-e6s5dense-c6s5dst-a5s5sst-growth_set"
+    }
+    assert len(runs("fig12", only={"growth": ("rigl",)})) == 9 * 8  # all other cells, 8 seeds
+
+
+def expand(expression: str) -> list[int]:
+    """What Slurm makes of an array expression."""
+    bounds = [[int(number) for number in part.split("-")] for part in expression.split(",")]
+    return [index for low, *high in bounds for index in range(low, (high or [low])[0] + 1)]
+
+
+@settings(derandomize=True, deadline=None, max_examples=50, database=None)
+@given(number=st.integers(1, 1440), runs_per_task=st.integers(1, 9), size=st.integers(1, 1001))
+def test_every_run_has_one_array_index(number, runs_per_task, size):
+    chosen = runs("fig06")[:number]
+    tasks = range(-(-number // runs_per_task))
+    found = []
+    for offset, indices in arrays(tasks, size):
+        assert expand(ranges(indices)) == indices
+        assert 0 <= min(indices) <= max(indices) < size  # what Slurm accepts
+        for index in indices:
+            of_this = of_task(chosen, offset + index, runs_per_task)
+            assert 1 <= len(of_this) <= runs_per_task
+            found += of_this
+    assert found == chosen
+    with pytest.raises(ValueError, match=f"tasks 0 to {tasks[-1]}$"):
+        of_task(chosen, tasks[-1] + 1, runs_per_task)
+
+
+def test_tasks_with_gaps_are_submitted_without_the_gaps():
+    found = [(offset, ranges(indices)) for offset, indices in arrays([0, 1, 2, 5, 9, 10, 13], 10)]
+    assert found == [(0, "0-2,5,9"), (10, "0,3")]
+
+
+# The state of a run
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run_dir = tmp_path / "dog-run__a__1"
+    run_dir.mkdir()
+    (tmp_path / "logs").mkdir()
+    return run_dir
+
+
+def state(run_dir: Path) -> str:
+    return status(run_dir.parent, run_dir.name).state
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("exit_code", ["0", "1", "75", None])
+def test_a_run_is_finished_if_its_checkpoint_says_so(run_dir, finished, exit_code):
+    save(run_dir / "checkpoint.pt", {"finished": finished, "progress": {"agent_step": 3}, "agent": torch.zeros(100)})
+    if exit_code:
+        exit_path(run_dir.parent, run_dir.name).write_text(exit_code)
+    assert state(run_dir) == ("finished" if finished else "failed" if exit_code == "1" else "resumable")
+
+
+@pytest.mark.parametrize("exit_code", ["1", None])
+def test_a_run_is_running_while_its_lock_is_held(run_dir, exit_code):
+    if exit_code:
+        exit_path(run_dir.parent, run_dir.name).write_text(exit_code)
+    with open(run_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert state(run_dir) == "running"
+    assert state(run_dir) == ("failed" if exit_code else "resumable")
+
+
+def test_a_run_without_a_directory_is_missing_unless_it_failed(run_dir):
+    run_dir.rmdir()
+    assert state(run_dir) == "missing"
+    exit_path(run_dir.parent, run_dir.name).write_text("2")
+    assert state(run_dir) == "failed"
+
+
+def test_a_damaged_checkpoint_is_not_finished(run_dir):
+    (run_dir / "checkpoint.pt").write_bytes(b"PK not a zip file")
+    assert state(run_dir) == "resumable"
+
+
+def test_status_tells_the_last_whole_evaluation(run_dir):
+    (run_dir / "config.json").write_text('{"args": {"total_timesteps": 500000}}')
+    (run_dir / "eval.csv").write_text("agent_step,env_step,mean,std\n0,0,1.5,0\n5000,10000,80.25,2\n10000,20")
+    found = status(run_dir.parent, run_dir.name)
+    assert found.evaluation == "return 80.2 at 5,000 of 500,000"
+    (run_dir / "eval.csv").write_text("agent_step,env_step,mean,std\n")
+    assert status(run_dir.parent, run_dir.name).evaluation == ""
+
+
+# The supervisor
+
+STAND_IN = """
+import os, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+received = []
+task = flags["--env"]
+if task != "deaf":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: received.append(number))
+print("threads", os.environ["OMP_NUM_THREADS"], "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
+open(os.path.join(flags["--runs-dir"], task + ".pid"), "w").write(str(os.getpid()))
+if task == "fails":
+    print("a line before", "error: the loss is not finite", sep="\\n")
+    sys.exit(1)
+if task == "crashes":
+    os.kill(os.getpid(), signal.SIGKILL)
+while task in ("waits", "waits-too", "deaf") and not received:
+    time.sleep(0.01)
+sys.exit(75 if received else 0)
+"""
+CELL = {"residual": ("pre",), "critic_scale": ("1",)}  # one of Fig. 17
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Supervise one run per task name, in this process; `signalled` tasks get a signal when all of them live."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "mst_mrq.py").write_text(STAND_IN)
+    runs_dir = tmp_path / "runs"
+    runs_dir.mkdir()
+
+    def call(*envs: str, side_by_side: int, number: int | None = None, when: tuple[str, ...] = ()) -> int:
+        def send():
+            while not all((runs_dir / f"{env}.pid").exists() for env in when):
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+
+        if number:
+            threading.Thread(target=send).start()
+        return supervise(runs("fig17", envs=envs, seeds=1, only=CELL), runs_dir, side_by_side, scripts=tmp_path)
+
+    call.runs_dir = runs_dir
+    return call
+
+
+def name(env: str) -> str:
+    return f"{env}__mrq-e6s1dense-c6s1dense-a5s1dense__1"
+
+
+def exit_code(runs_dir: Path, env: str) -> str:
+    return exit_path(runs_dir, name(env)).read_text().strip()
+
+
+def test_a_failed_run_is_reported_with_the_end_of_its_log_and_stops_no_other(watch, capsys):
+    assert watch("ends", "fails", "crashes", "ends-too", side_by_side=1) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED {name('fails')}: exit code 1" in out
+    assert "    a line before\n    error: the loss is not finite\n" in out
+    assert f"FAILED {name('crashes')}: killed by signal 9" in out
+    assert f"[4/4] finished after 0 s {name('ends-too')}" in out
+    assert out.endswith(f"failed: {name('fails')}\nfailed: {name('crashes')}\n")
+    codes = [exit_code(watch.runs_dir, env) for env in ("ends", "fails", "crashes", "ends-too")]
+    assert codes == ["0", "1", "-9", "0"]
+    assert status(watch.runs_dir, name("crashes")).state == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, capsys, number):
+    living = ("waits", "waits-too", "deaf")
+    assert watch(*living, "later", side_by_side=3, number=number, when=living) == 75
+    # the deaf one died by the signal, as a script does that has not yet begun to listen: there is nothing to report
+    assert [exit_code(watch.runs_dir, env) for env in living] == ["75", "75", "75"]
+    assert not log_path(watch.runs_dir, name("later")).exists()
+    out = capsys.readouterr().out
+    assert "4 of 4 runs are not finished: start the same command again" in out
+    assert "FAILED" not in out
+
+
+def test_a_run_to_resume_weighs_more_than_a_failed_one(watch):
+    """Else a Slurm task with one failed run would not be requeued for the others."""
+    assert watch("fails", "waits", side_by_side=2, number=signal.SIGUSR1, when=("fails", "waits")) == 75
+
+
+def test_the_log_is_appended_and_the_exit_code_forgotten_while_it_runs(watch):
+    watch("fails", side_by_side=1)
+    watch("fails", side_by_side=1)
+    assert log_path(watch.runs_dir, name("fails")).read_text().count("error: the loss is not finite") == 2
+    exit_path(watch.runs_dir, name("waits")).write_text("1")
+    seen = []
+
+    def look():
+        while not (watch.runs_dir / "waits.pid").exists():
+            time.sleep(0.01)
+        seen.append(exit_path(watch.runs_dir, name("waits")).exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look).start()
+    watch("waits", side_by_side=1)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(("side_by_side", "threads"), [(1, 6), (2, 3), (4, 1), (9, 1)])
+def test_threads_depend_on_cores_and_runs_side_by_side_alone(watch, monkeypatch, side_by_side, threads):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    watch("ends", side_by_side=side_by_side)  # one run, though there is room for more
+    assert f"threads {threads} " in log_path(watch.runs_dir, name("ends")).read_text()
+
+
+def test_threads_and_gpus_of_the_user_are_kept_and_gpus_take_turns(watch, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,7")
+    signalled = ("waits", "waits-too", "deaf")
+    watch(*signalled, side_by_side=3, number=signal.SIGTERM, when=signalled)
+    logs = [log_path(watch.runs_dir, name(env)).read_text() for env in signalled]
+    assert ["threads 5 gpus 2" in logs[0], "threads 5 gpus 7" in logs[1]] == [True, True]
+
+
+def test_finished_and_running_runs_are_not_started(watch, capsys):
+    for env in ("done", "elsewhere"):
+        (watch.runs_dir / name(env)).mkdir()
+    save(watch.runs_dir / name("done") / "checkpoint.pt", {"finished": True})
+    with open(watch.runs_dir / name("elsewhere") / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert watch("done", "elsewhere", "ends", side_by_side=3) == 75  # one has still to be finished
+    assert [path.stem for path in (watch.runs_dir / "logs").glob("*.log")] == [name("ends")]
+    assert f"left alone, another process trains {name('elsewhere')}" in capsys.readouterr().out
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("status fig99", "choose one of fig02"),
+        ("run fig06 --sedes 3", "unrecognized arguments: --sedes"),
+        ("run fig06 --seeds 0", "0 is not a number above 0"),
+        ("commands fig06 --only critic-arch=9", "choose from 1, 2, 3, 4, 5, 6"),
+        ("commands fig06 --only critic-arc=4", "choose from script, encoder_arch"),
+        ("commands fig06 --envs dog-run,dog-run", "twice"),
+        ("task fig06 --index 1440", "tasks 0 to 1439"),
+        ("run fig06 -- --seed=4", "--seeds"),
+        ("plot fig06", "choose from 'list'"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_to_do(capsys, line, part):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert part in err
+
+
+def test_status_counts_all_runs_and_tells_why_one_failed(tmp_path, capsys):
+    failed, *others = runs("fig17", toy=True)
+    log_path(tmp_path, failed.directory).parent.mkdir()
+    log_path(tmp_path, failed.directory).write_text("agent step 0\nerror: the loss is not finite\n\n")
+    exit_path(tmp_path, failed.directory).write_text("1")
+    assert main(["status", "fig17", "--toy", "--runs-dir", str(tmp_path)]) == 0
+    first, why, *lines, counts = capsys.readouterr().out.splitlines()
+    assert first == f"failed    {failed.directory}"
+    assert why.endswith(f"exit code 1, see {log_path(tmp_path, failed.directory)}: error: the loss is not finite")
+    assert lines == [f"missing   {run.directory}" for run in others]
+    assert counts == "fig17, 8 runs: 0 finished, 0 running, 0 resumable, 1 failed, 7 missing"
+
+
+def test_the_documented_commands_and_flags_exist(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    commands = re.findall(r"^    python -m experiments ([^#\n]*)", page, flags=re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        args = make_parser().parse_args(shlex.split(command.split(" -- ")[0]))
+        assert args.command == "list" or args.figure in FIGURES
+        with pytest.raises(SystemExit):
+            main([args.command, "--help"])
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_commands_prints_a_line_per_run_with_the_extra_flags(capsys):
+    assert main(["commands", "fig17", "--seeds", "1", "--envs", "dog-run", "--", "--no-cuda"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line[:2], line[-1]) for line in lines] == [(["python", "mst_mrq.py"], "--no-cuda")] * 4
+    assert [line[2:-1] for line in lines] == [run.arguments()[1:] for run in runs("fig17", envs=("dog-run",), seeds=1)]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """An sbatch and a scontrol that write down how they are called. MaxArraySize is 3."""
+    calls = tmp_path / "calls"
+    calls.touch()
+    for program, output in (("sbatch", "$(wc -l <{calls})"), ("scontrol", "MaxArraySize = 3")):
+        path = tmp_path / "bin" / program
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/bash\necho {program} "$@" >>{calls}\necho "{output.format(calls=calls)}"\n')
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for variable in [variable for variable in os.environ if variable.startswith("SBATCH_")]:
+        monkeypatch.delenv(variable)
+    return lambda program: [line for line in calls.read_text().splitlines() if line.startswith(program)]
+
+
+def test_submit_passes_given_flags_only_and_leaves_finished_tasks_out(slurm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figure = ["fig17", "--toy", "--only", "residual=pre,post", "--runs-per-task", "2"]  # 8 runs, tasks 0 to 3
+    for run in runs("fig17", toy=True)[2:5]:  # the whole of task 1, half of task 2
+        (tmp_path / "runs" / run.directory).mkdir(parents=True)
+        save(tmp_path / "runs" / run.directory / "checkpoint.pt", {"finished": True})
+    monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
+    assert main(["submit", *figure, "--time", "60", "--max-parallel", "1", "--", "--no-cuda"]) == 0
+    tail = "fig17 --runs-per-task 2 --runs-dir runs --toy --only residual=pre,post -- --no-cuda"
+    flags = "--output=runs/logs/slurm-%A_%a.out --time=60"
+    assert slurm("sbatch") == [
+        f"sbatch --parsable --array=0,2%1 {flags} {ARRAY_SH} {sys.executable} 0 {tail}",
+        # the scontrol call and the first array make this the third call; tasks of both arrays would run at once
+        f"sbatch --parsable --array=0%1 --dependency=afterany:2 {flags} {ARRAY_SH} {sys.executable} 3 {tail}",
+    ]
+
+
+def test_submit_without_slurm_says_where_to_submit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="login node"):
+        main(["submit", "fig17"])
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "requeued"),
+    [
+        (["USR1"], 75, True),  # the warning of the time limit
+        (["USR1"], 1, False),  # a failure
+        (["USR1"], 0, False),  # finished in time
+        (["TERM"], 75, False),  # scancel must not bring the job back; after a preemption Slurm requeues by itself
+        (["USR1", "TERM"], 75, False),  # cancelled while it saves its checkpoint
+        ([], 75, False),
+    ],
+)
+def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
+    slurm, tmp_path, signals, code, requeued
+):
+    python = tmp_path / "python"  # exits with the code after the signals
+    python.write_text(
+        f'#!/bin/bash\ngot=; trap "got+=USR1" USR1; trap "got+=TERM" TERM; echo "$@" >{tmp_path}/ready\n'
+        f'until [ "$got" = "{"".join(signals)}" ]; do sleep 0.01; done; exit {code}\n'
+    )
+    python.chmod(0o755)
+    environ = os.environ | {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "21"}
+    task = subprocess.Popen([ARRAY_SH, python, "1000", "fig06", "--toy"], env=environ, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "ready").exists() or not (tmp_path / "ready").read_text():
+        time.sleep(0.01)
+    for number in signals:
+        task.send_signal(getattr(signal, f"SIG{number}"))
+        time.sleep(0.1)  # or bash might run the traps in another order
+    assert task.wait(60) == code
+    assert (tmp_path / "ready").read_text() == "-m experiments task --index 1004 fig06 --toy\n"
+    assert slurm("scontrol") == (["scontrol requeue 17_4"] if requeued else [])

@@ -1,0 +1,255 @@
+"""Drawing: the numbers are those of the runs, what is missing is named and marked, and the files suit a paper."""
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from analysis import figure
+from analysis.figure import COLUMN, FORMS, PAGE, SMALL, Options, costs, draw, main, numbers, over_steps, prepare, save
+from analysis.runs import Loaded, load_figure
+from experiments import figures
+
+HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
+RETURNS = (1, 2, 3, 4, 5, 6, 7, 100)  # of seeds 1 to 8: mean 16, interquartile mean (3 + 4 + 5 + 6) / 4 = 4.5
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory) -> Path:
+    """Runs of Fig. 12 with the final returns of RETURNS, but for seed 8 with SET. Seed s took s hours."""
+    folder = tmp_path_factory.mktemp("runs")
+    for run in figures.runs("fig12"):
+        if run.cell.get("growth") == "set" and run.seed == 8:
+            continue
+        (folder / run.directory).mkdir()
+        rows = [f"0,0,0,0,10,0\n500000,1000000,{RETURNS[run.seed - 1]},0,10,{3600 * run.seed}\n"]
+        (folder / run.directory / "eval.csv").write_text(HEADER + "".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fig12(runs_dir) -> Loaded:
+    return load_figure("fig12", runs_dir)
+
+
+@dataclass
+class Made(Loaded):
+    """A loaded figure without files: TensorBoard values like the returns."""
+
+    def scalars(self, tags):
+        return self.evaluations.rename(columns={"episode_return_mean": "value"}).assign(tag=tags[0])
+
+
+def made(name: str, seeds: int = 2, lost: int = 0) -> Made:
+    """All runs of a figure but the `lost` last, with random returns at four agent steps."""
+    rng, rows = np.random.default_rng(0), []
+    chosen = figures.runs(name, seeds=seeds)
+    for i, run in enumerate(chosen):
+        size = np.prod([float(value) ** 2 for flag, value in run.cell.items() if flag.endswith("scale")]) * 1e6
+        sizes = {f"{module}parameters": size for module in ("", *(f"{module}_" for module in figures.MODULES))}
+        state = {"state": "complete" if i < len(chosen) - lost else "missing", "wall_seconds": 1e4}
+        costs = {"active": size, "flops": 2 * size, "sparse_flops": size, "peak_memory_gib": 2.0}
+        known = {"env": run.env, "seed": run.seed, "exp_name": run.exp_name, "directory": run.directory}
+        rows.append({**figures.DEFAULTS, **run.cell, **known, **sizes, **state, **costs})
+    runs = pd.DataFrame(rows)
+    done = runs[runs["state"] == "complete"]
+    steps = [
+        done.assign(agent_step=step, episodes=10, episode_return_mean=rng.uniform(0, 900, len(done)))
+        for step in (0, 100_000, 200_000, 500_000)
+    ]
+    evaluations = pd.concat(steps, ignore_index=True)
+    last = ["agent_step", "episodes", "episode_return_mean"]  # identity first, as loading gives it
+    evaluations = evaluations[[*evaluations.columns.drop(last), *last]]
+    return Made(name, [], runs, evaluations)
+
+
+def texts(drawn) -> list[str]:
+    return [text.get_text() for text in drawn.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.parametrize(("statistic", "value"), [("iqm", 4.5), ("mean", 16)])
+def test_a_bar_is_the_statistic_of_the_final_returns(fig12, statistic, value):
+    table = numbers(fig12, "fig12", statistic).set_index(["column", "point"])
+    bar = table.loc["distribution", "uniform"]
+    assert (bar["value"], bar["n"], bar["expected"]) == (value, 8, 8)
+    assert 1 <= bar["low"] < value < bar["high"] <= 100
+    sparsities = [point for column, point in table.index if column == "critic_sparsity"]
+    assert sparsities == ["0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]
+
+
+def test_a_missing_seed_is_named_and_marked(runs_dir):
+    drawn, table, text = prepare("fig12", Options(runs_dir))
+    bar = table.set_index(["column", "point"]).loc["growth", "set"]
+    assert (bar["value"], bar["n"], bar["expected"]) == (4, 7, 8)  # (2 + 3 + 4 + 5 + 6) / 5 of 1 to 7
+    assert "missing: dog-run__mrq-e6s5dense-c6s5dst-a5s5sst-growth_set, seed 8" in text
+    assert "Growth criterion\nn = 7–8 of 8" in texts(drawn)
+    assert texts(drawn).count("7") == 1  # above its bar
+    assert "Distribution" in texts(drawn)  # whole, so without a mark
+
+
+def test_the_caption_states_runs_statistic_interval_and_evaluations(runs_dir):
+    _, _, text = prepare("fig12", Options(runs_dir, statistic="mean", last=2))
+    assert text.startswith(
+        "MST at scale 5: distribution, growth, sparsity. Mean over 8 seeds on dog-run; strokes: stratified bootstrap "
+        "95% intervals. Final return: mean of the last 2 evaluations, 10 episodes each. Hollow: runs are missing"
+    )
+
+
+def test_curves_take_short_runs_in_as_far_as_they_go():
+    values = pd.DataFrame(
+        [("dog-run", "a", 0, 10.0), ("dog-run", "a", 5000, 30.0), ("dog-run", "b", 0, 20.0)],
+        columns=["env", "directory", "agent_step", "value"],
+    )
+    found = over_steps(values, "iqm")
+    assert found[["x", "value", "n"]].values.tolist() == [[0, 15, 2], [5000, 30, 1]]
+    assert found["low"].notna().tolist() == [True, False]  # a single run has no interval
+
+
+def test_tasks_are_pooled_and_the_return_has_a_row_for_each():
+    loaded = made("fig11", seeds=1)
+    table = numbers(loaded, "fig11")
+    counts = table.groupby("row")["n"].unique().map(list).to_dict()
+    assert counts == {
+        "Return, dog-run": [1], "Return, humanoid-run": [1], "Critic srank": [2], "Critic dormant ratio": [2],
+    }  # fmt: skip
+
+
+def test_a_run_is_shown_in_all_panels_it_belongs_to():
+    table = numbers(made("fig13", seeds=1), "fig13")
+    smallest = table[(table["point"] == 1) & (table["column"] == "dog-run") & (table["series"] == "MST")]
+    assert sorted(smallest["row"]) == sorted(f"{a}, {d}" for a in ("SAC", "DDPG") for d in ("width", "depth", "both"))
+    assert (table["n"] == 1).all()
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_is_drawn_for_print(name):
+    loaded = made(name, seeds=1, lost=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = numbers(loaded, name)
+        drawn = draw(name, table, figure.figure_caption(loaded, name, table, Options()))
+        drawn.draw_without_rendering()  # places everything
+    width, height = drawn.get_size_inches()
+    assert width in (COLUMN, PAGE)
+    assert height < 9  # of a page
+    box = drawn.get_tightbbox()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+    assert min(text.get_fontsize() for text in drawn.findobj(Text) if text.get_text()) >= SMALL
+    expected = len(table[["row", "column"]].drop_duplicates())
+    assert len(drawn.get_axes()) == expected
+    assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
+
+
+def legend(name: str) -> dict[str, tuple]:
+    drawn = draw(name, numbers(made(name, seeds=1), name), "")
+    handles = [handle for part in drawn.subfigs for entry in part.legends for handle in entry.legend_handles]
+    return {handle.get_label(): (handle.get_color(), handle.get_marker()) for handle in handles}
+
+
+def test_a_regime_has_one_colour_and_marker_in_bars_lines_and_curves():
+    bars = legend("fig05")
+    assert [marker for _, marker in bars.values()] == ["o", "s", "D", "<", ">"]  # the paper's
+    assert len({color for color, _ in bars.values()}) == 5
+    assert list(bars) == ["Dense", "SST", "DST", "S2D", "D2S"]
+    assert legend("fig04") == legend("fig03") == bars
+    assert {name: bars[name] for name in ("Dense", "SST", "DST")}.items() < legend("fig14").items()
+    assert legend("fig14")["MST"] == legend("fig26")["MST"] == legend("fig11")["MST"]
+
+
+def test_dense_is_dashed_against_mst():
+    drawn = draw("fig26", numbers(made("fig26", seeds=1), "fig26"), "")
+    styles = {(line.get_color(), line.get_linestyle()) for line in drawn.get_axes()[0].lines} - {
+        (color, "None") for color in (figure.LOOKS["dense"].color, figure.LOOKS["MST"].color)
+    }
+    assert styles == {(figure.LOOKS["dense"].color, "--"), (figure.LOOKS["MST"].color, "-")}
+
+
+def test_files_suit_a_paper_and_repeat(runs_dir, tmp_path):
+    first, second = (
+        save(*prepare("fig12", Options(runs_dir)), tmp_path / name / "fig12") for name in ("first", "second")
+    )
+    png, pdf, csv, text = (path.read_bytes() for path in first)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(png[16:20], "big") == int(PAGE * 300)  # pixels
+    assert b"/FontFile2" in pdf  # TrueType (type 42), which journals ask for
+    assert b"/Type3" not in pdf
+    table = pd.read_csv(first[2], dtype={"point": str})
+    assert table.columns.tolist() == figure.NUMBERS
+    assert table.set_index(["column", "point"]).loc[("growth", "rigl"), "value"] == 4.5
+    assert b"seed 8" in text
+    assert [path.read_bytes() for path in second] == [png, pdf, csv, text]
+
+
+def test_costs_are_hours_memory_and_flops_of_each_cell(fig12):
+    table = costs(fig12, "fig12").set_index("cell")
+    cell = table.loc["Growth criterion, SET"]
+    assert cell[["hours", "hours_low", "hours_high", "n"]].tolist() == [4, 1, 7, 7]  # seeds 1 to 7 took as many hours
+    assert cell["parameters"] == 371_147_560  # the paper's 362M, with the encoder's predictor left out
+    saved = 1 - table["sparse_flops"] / table["flops"]
+    few, many = (saved[f"Sparsity of critic and actor, {sparsity}"] for sparsity in (0.2, 0.8))
+    assert many == pytest.approx(4 * few, rel=1e-4)
+    assert table["flops"].nunique() == 1
+
+
+def test_the_costs_are_drawn(runs_dir, tmp_path, capsys):
+    assert main(["fig12", "--cost", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"fig12-cost.{end}" for end in ("csv", "pdf", "png", "txt")
+    ]
+    assert "Growth criterion, SET" in (tmp_path / "fig12-cost.csv").read_text()
+
+
+def test_published_curves_are_laid_over(tmp_path):
+    path = tmp_path / "published.csv"
+    rows = [("dog-run", "mrq", seed, step, 2 * step, 10.0 * seed) for seed in (1, 2) for step in (0, 100_000, 900_000)]
+    columns = ["env", "algo", "seed", "agent_step", "env_step", "return"]
+    others = [("dog-run", "sac", 1, 0, 0, 1.0), ("walker-walk", "mrq", 1, 0, 0, 1.0)]
+    pd.DataFrame(rows + others, columns=columns).to_csv(path, index=False)
+    found = figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
+    assert found[["row", "series", "x", "value", "n"]].values.tolist() == [
+        ["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)
+    ]
+
+
+def test_without_runs_the_command_to_start_them_is_named(tmp_path, capsys):
+    assert main(["fig06", "--toy", "--only", "critic-arch=4,6", "--runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: no run of fig06 in {tmp_path}: start with "
+        f"python -m experiments run fig06 --toy --only critic-arch=4,6 --runs-dir {tmp_path}"
+    )
+
+
+def test_all_draws_what_has_runs_and_names_the_rest(runs_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figure, "FORMS", {name: FORMS[name] for name in ("fig12", "fig14")})
+    assert main(["all", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert {path.stem for path in tmp_path.iterdir()} == {"fig12"}
+    assert "not enough runs" in out  # a verdict
+    assert "skipped: no run of fig14" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig12", "--runs", "nowhere"], "error: nowhere is no folder: give --runs the one that holds"),
+        (["fig99"], "error: argument FIGURE: invalid choice: 'fig99'"),
+        (["fig12", "--only", "growth"], "growth is not of the form FLAG=V1,V2"),
+        (["fig12", "--published", "x.csv"], "fig12 has no learning curves of the return"),
+        (["fig12", "--only", "growth=sgd"], "no cell of fig12 has growth sgd"),
+    ],
+)
+def test_errors_say_what_to_do(arguments, message, runs_dir, capsys):
+    try:
+        code = main([*arguments, *([] if "--runs" in arguments else ["--runs", str(runs_dir)])])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,141 @@
+"""Hand-computed cases, and the numbers of rliable where it works: 1.2 needs arch<8, which needs pandas<3."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.statistics import (
+    area_under_curve,
+    by_task,
+    final_performance,
+    interval,
+    iqm,
+    mean,
+    performance_profile,
+    probability_of_improvement,
+)
+
+
+def scores(*tasks: list[float]) -> list[np.ndarray]:
+    return [np.array(task, float) for task in tasks]
+
+
+def curve(steps: list[int], returns: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({"seed": 1, "directory": "a", "agent_step": steps, "episode_return_mean": returns})
+
+
+def test_iqm_leaves_out_a_quarter_of_the_runs_of_all_tasks_at_each_end():
+    # 0 1 [2 3 4 5] 60 100: not the IQMs of the tasks, (2 + 3) / 2 and (4 + 5) / 2, but their runs together
+    assert iqm(scores([0, 2, 3, 100], [1, 4, 5, 60])) == (2 + 3 + 4 + 5) / 4
+    assert iqm(scores([0, 1, 2, 3, 4, 50])) == (1 + 2 + 3 + 4) / 4  # floor(6 / 4) = 1 at each end
+
+
+def test_mean_weighs_runs_alike():
+    assert mean(scores([0, 1, 2], [9])) == 12 / 4
+
+
+def test_probability_of_improvement_counts_ties_half_and_tasks_alike():
+    x, y = scores([1, 3], [5, 6, 7]), scores([2, 3], [0])
+    # (1, 2) 0, (1, 3) 0, (3, 2) 1, (3, 3) 1/2; in the second task every pair is an improvement
+    assert probability_of_improvement(x, y) == ((0 + 0 + 1 + 0.5) / 4 + 1) / 2
+
+
+def test_performance_profile_is_the_share_of_runs_above_each_threshold():
+    found = performance_profile(scores([1, 2], [3, 4]), np.array([0, 2, 4]))
+    assert found.tolist() == [1, 2 / 4, 0]  # a run at the threshold is not above it
+
+
+def test_bootstrap_resamples_within_tasks():
+    assert interval(mean, scores([0, 0], [10, 10])) == (5, 5)  # over all four runs it would be 0 to 10
+
+
+def test_interval_of_a_mean_has_the_width_of_its_standard_error():
+    runs = np.random.default_rng(0).normal(size=400)
+    low, high = interval(mean, [runs], n_resamples=10_000)
+    # the bootstrap's standard error is the standard deviation (over n, not n - 1) / sqrt(n), 95% are 1.96 of it
+    assert (high - low) / 2 == pytest.approx(1.96 * runs.std() / np.sqrt(400), rel=0.03)
+    narrow = interval(mean, [runs], n_resamples=10_000, confidence=0.6827)
+    assert (narrow[1] - narrow[0]) / 2 == pytest.approx(runs.std() / np.sqrt(400), rel=0.03)
+
+
+def test_interval_of_a_difference_resamples_both_groups():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 400))
+    low, high = interval(lambda a, b: mean(a) - mean(b), [x], [y], n_resamples=10_000)
+    # the variances of two independent means add up
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt((x.var() + y.var()) / 400), rel=0.03)
+
+
+def test_interval_depends_on_its_seed_alone():
+    runs = [np.random.default_rng(0).normal(size=8)]
+    assert interval(iqm, runs, seed=3) == interval(iqm, runs, seed=3) != interval(iqm, runs, seed=4)
+
+
+def test_a_profile_has_an_interval_at_each_threshold():
+    low, high = interval(lambda x: performance_profile(x, np.array([-1, 0.5, 2])), scores([0, 0, 1, 1]))
+    assert low.tolist() == [1, 0, 0]  # resamples of 0 0 1 1 are all 0 in 1 of 16, above the 2.5% that is cut off
+    assert high.tolist() == [1, 1, 0]
+
+
+def test_a_single_run_has_no_interval_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(interval(iqm, scores([1, 2, 3], [4]))).all()
+
+
+def test_area_under_a_curve_is_its_mean_over_agent_steps():
+    # trapezoids: 10 steps at a mean of 5, 20 steps at 10
+    assert area_under_curve(curve([0, 10, 30], [0, 10, 10]))["value"].item() == (10 * 5 + 20 * 10) / 30
+    assert area_under_curve(curve([0], [7]))["value"].item() == 7
+
+
+def test_final_performance_is_the_mean_of_the_last_evaluations_and_says_of_how_many():
+    found = final_performance(curve([20, 0, 10], [5, 1, 2]), last=2)
+    assert found.to_dict("records") == [
+        {"seed": 1, "directory": "a", "agent_step": 20, "n_evaluations": 2, "value": (2 + 5) / 2}
+    ]
+    full = final_performance(curve(list(range(0, 505_000, 5000)), list(range(101))))  # the evaluations of a full run
+    assert full[["n_evaluations", "value"]].values.tolist() == [[10, sum(range(91, 101)) / 10]]
+    assert final_performance(curve([0, 10, 20], [1, 2, 6]))["n_evaluations"].item() == 1
+
+
+def test_scores_by_task_are_sorted_by_its_name():
+    frame = pd.DataFrame({"env": ["walker", "dog", "walker"], "value": [1, 2, 3]})
+    assert [task.tolist() for task in by_task(frame)] == [[2], [1, 3]]
+
+
+# Against rliable ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rliable():
+    try:
+        from rliable import library, metrics
+    except Exception as error:  # it is not installed, or what it builds on does not work with the versions here
+        pytest.skip(f"rliable: {error}")
+    return library, metrics
+
+
+RUNS = np.random.default_rng(7).normal([200, 500], [60, 90], size=(8, 2))  # (runs, tasks)
+OTHERS = RUNS[::-1] * 0.9 + 25
+OTHERS[:3] = RUNS[:3]  # ties
+
+
+def test_values_are_those_of_rliable(rliable):
+    library, metrics = rliable
+    assert iqm(list(RUNS.T)) == pytest.approx(metrics.aggregate_iqm(RUNS), abs=1e-10)
+    theirs = metrics.probability_of_improvement(RUNS, OTHERS)
+    assert probability_of_improvement(list(RUNS.T), list(OTHERS.T)) == pytest.approx(theirs, abs=1e-12)
+    thresholds = np.linspace(0, 700, 8)
+    theirs = [library.run_score_deviation(RUNS, threshold) for threshold in thresholds]
+    assert performance_profile(list(RUNS.T), thresholds) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_intervals_are_close_to_those_of_rliable(rliable):
+    library, metrics = rliable
+    _, theirs = library.get_interval_estimates({"a": RUNS}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000)
+    # rliable ignores its seed, so its ends move from run to run
+    width = np.ptp(theirs["a"])
+    assert interval(iqm, list(RUNS.T), n_resamples=5000) == pytest.approx(theirs["a"][:, 0], abs=0.1 * width)
