@@ -18,7 +18,7 @@ test: .venv/installed
 test-slurm: .venv/installed
 	.venv/bin/python -m pytest -s -rs tests/slurm_check.py
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-analysis.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet -r requirements-dev.txt

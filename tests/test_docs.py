@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from analysis import figure
+from experiments.__main__ import make_parser
+from experiments.figures import runs
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"]
 
@@ -36,17 +40,40 @@ def test_the_readmes_commands_start(command, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "docs/sparse_utils.md", *(f"docs/{name}.md" for name in DOCUMENTED)])
 def test_commands_and_flags_in_the_docs_exist(page):
     text = (ROOT / page).read_text()
-    commands = re.findall(r"^(?: {4}|.*`)(?:srun )?python (mst_\w+\.py)([^`|\n]*)", text, flags=re.MULTILINE)
+    commands = re.findall(r"^(?: {4}|.*`)python (mst_\w+\.py)([^`|\n]*)", text, flags=re.MULTILINE)
     names = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
     known = {f"--{name.replace('_', '-')}" for name in names}
-    known |= {"--env", "--help", "--no-cuda", "--no-diagnostics", "--no-clipped-double-q"}
+    known |= {"--env", "--help", "--logdir", "--no-cuda", "--no-diagnostics", "--no-clipped-double-q"}
     for script, flags in commands:
         assert (ROOT / script).exists()
         assert {flag for flag in shlex.split(flags, comments=True) if flag.startswith("--")} <= known
-    mentioned = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", text))
-    assert mentioned <= known | {"--signal", "--requeue", "--open-mode"}  # the last are Slurm's
+    mentioned = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", text))
+    assert mentioned <= known
     for link in re.findall(r"\]\(([\w/.]+\.md)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists()
+
+
+PAGES = ["README.md", "docs/experiments.md", "docs/figures.md"]
+
+
+def lines(module: str) -> list[list[str]]:
+    """The arguments of every `python -m <module>` on these pages, up to `--`."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    found = re.findall(rf"^    python -m {re.escape(module)} (.*)", text, flags=re.MULTILINE)
+    return [shlex.split(line.split(" -- ")[0], comments=True) for line in found]
+
+
+@pytest.mark.parametrize("line", lines("experiments"), ids=" ".join)
+def test_experiments_takes_the_documented_commands(line):
+    args = make_parser().parse_args(line)  # ends with an error if it does not
+    assert args.command == "list" or runs(args.figure, args.toy, args.envs, args.seeds, dict(args.only))
+
+
+@pytest.mark.parametrize("line", lines("analysis.figure"), ids=" ".join)
+def test_figure_takes_the_documented_commands(line, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        figure.main([*line, "--runs", str(tmp_path / "nowhere")])
+    assert "nowhere is no folder" in capsys.readouterr().err  # the first complaint after the arguments
 
 
 @pytest.fixture(params=DOCUMENTED)

@@ -191,7 +191,8 @@ if task == "fails":
     sys.exit(1)
 if task == "crashes":
     os.kill(os.getpid(), signal.SIGKILL)
-while task in ("waits", "waits-too", "deaf") and not received:
+end = time.monotonic() + 60
+while task in ("waits", "waits-too", "deaf") and not received and time.monotonic() < end:
     time.sleep(0.01)
 sys.exit(75 if received else 0)
 """
@@ -418,7 +419,7 @@ def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
     python = tmp_path / "python"  # exits with the code after the signals
     python.write_text(
         f'#!/bin/bash\ngot=; trap "got+=USR1" USR1; trap "got+=TERM" TERM; echo "$@" >{tmp_path}/ready\n'
-        f'until [ "$got" = "{"".join(signals)}" ]; do sleep 0.01; done; exit {code}\n'
+        f'until [ "$got" = "{"".join(signals)}" ] || [ $SECONDS -gt 60 ]; do sleep 0.01; done; exit {code}\n'
     )
     python.chmod(0o755)
     environ = os.environ | {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "21"}
@@ -428,6 +429,6 @@ def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
     for number in signals:
         task.send_signal(getattr(signal, f"SIG{number}"))
         time.sleep(0.1)  # or bash might run the traps in another order
-    assert task.wait(60) == code
+    assert task.wait(120) == code
     assert (tmp_path / "ready").read_text() == "-m experiments task --index 1004 fig06 --toy\n"
     assert slurm("scontrol") == (["scontrol requeue 17_4"] if requeued else [])
