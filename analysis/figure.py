@@ -547,6 +547,7 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
             axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
         for ax, label in zip(axes, ("Wall-clock time (h)", "Peak memory (GiB)", "MFLOPs per sample"), strict=True):
             ax.set_xlabel(label)
+            ax.margins(x=0.06)
             ax.set_xlim(left=0)
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.grid(axis="y", color="0.9", linewidth=0.5)
@@ -603,8 +604,9 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
     if not there:
         raise NothingToDraw(f"no run of {figure} in {options.runs_dir}: start with {options.command('run', figure)}")
     print(f"{figure}: drawing {there:,} runs", file=sys.stderr, flush=True)
+    size = "Toy networks and runs. " if options.toy else ""
     if options.cost:
-        table, caption, verdicts = costs(loaded, figure), cost_caption(loaded), []
+        table, caption, verdicts = costs(loaded, figure), size + cost_caption(loaded), []
         drawn = draw_costs(figure, table, caption)
     else:
         table = numbers(loaded, figure, options.statistic, options.last)
@@ -614,7 +616,7 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
             others = published_curves(options.published, loaded, figure, options.statistic)
             others = others[others["x"] <= table["x"].max()]
             table = pd.concat([table, others.merge(table[["row", "column"]].drop_duplicates(), on="row")])
-        caption = figure_caption(loaded, figure, table, options)
+        caption = size + figure_caption(loaded, figure, table, options)
         drawn = draw(figure, table, caption, options.statistic)
         verdicts = claims.verdicts(loaded)
     title = f"{FIGURES[figure].title}. {caption}"
