@@ -547,8 +547,7 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
             axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
         for ax, label in zip(axes, ("Wall-clock time (h)", "Peak memory (GiB)", "MFLOPs per sample"), strict=True):
             ax.set_xlabel(label)
-            ax.margins(x=0.06)
-            ax.set_xlim(left=0)
+            ax.set_xlim(0, 1.06 * ax.get_xlim()[1])
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.grid(axis="y", color="0.9", linewidth=0.5)
             ax.set_axisbelow(True)
