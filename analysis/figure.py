@@ -468,13 +468,15 @@ def draw_lines(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
         draw_line(ax, line.sort_values("x"), look(series, form))
     if form.x == "critic_sparsity":
         ax.xaxis.set_major_locator(MultipleLocator(0.1))
+        ax.margins(x=0.08)
     else:
         sizes = panel.groupby("point")["x"].mean()
         shown = sizes.iloc[:: max(1, (len(sizes) - 1) // 2)]  # of five sizes the first, middle and last
         ax.set_xscale("log")
         ax.set_xticks(sizes, [short_number(x) if x in set(shown) else "" for x in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
-    ax.margins(x=0.08)
+        room = max(sizes.max() / sizes.min(), 2) ** 0.08  # explicit, for panels without runs
+        ax.set_xlim(sizes.min() / room, sizes.max() * room)
 
 
 def short_number(number: float) -> str:

@@ -148,6 +148,13 @@ def test_every_figure_is_drawn_for_print(name):
     assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
 
 
+def test_a_panel_without_runs_has_the_axis_of_the_others():
+    table = numbers(made("fig06", seeds=1), "fig06")
+    table.loc[table["column"] == 1, ["value", "low", "high"]] = np.nan
+    type1, *_, type6 = draw("fig06", table, "").get_axes()
+    assert type1.get_xlim() == type6.get_xlim()
+
+
 def legend(name: str) -> dict[str, tuple]:
     drawn = draw(name, numbers(made(name, seeds=1), name), "")
     handles = [handle for part in drawn.subfigs for entry in part.legends for handle in entry.legend_handles]
