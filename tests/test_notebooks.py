@@ -48,7 +48,7 @@ def test_notebook_runs(path, runs_dir, monkeypatch):
     assert drawing
     for cell in drawing:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell
-        printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # it comes in pieces
+        printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # in pieces
         assert "missing: cartpole-balance__toy-" in printed
 
 
