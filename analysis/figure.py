@@ -108,9 +108,9 @@ def types(module: str, row: str | None = None) -> Form:
     return Form("bars", f"{module}_regime", x=f"{module}_arch", point=f"{module}_arch", row=row)
 
 
-def scales(module: str, row: str | None = None, wrap: int = 3) -> Form:
+def scales(module: str, row: str | None = None) -> Form:
     column, point = f"{module}_arch", f"{module}_scale"
-    return Form("lines", f"{module}_regime", column, row, f"{module}_parameters", point, wrap=wrap)
+    return Form("lines", f"{module}_regime", column, row, f"{module}_parameters", point, wrap=3)
 
 
 def pathologies(module: str, *metrics: str) -> Form:
