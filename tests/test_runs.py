@@ -382,3 +382,15 @@ def test_config_json_holds_arguments_and_versions(reference):
     assert config["args"]["total_timesteps"] == 130
     assert config["args"]["gamma"] == 0.99  # Table 1
     assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_log_tells_the_time_left_once_an_interval_has_trained(script, tmp_path):
+    lines = [line for line in life(script, cwd=tmp_path).out.splitlines() if line.startswith("agent step")]
+    # at 0, 50, 100 and 130; training starts at 40: the interval before 100 is the first without random steps
+    assert [line.endswith(" left") for line in lines] == [False, False, True, True]
+
+
+def test_peak_memory_is_in_bytes():
+    pages_now = int(Path("/proc/self/statm").read_text().split()[1])
+    now, machine = (pages * os.sysconf("SC_PAGE_SIZE") for pages in (pages_now, os.sysconf("SC_PHYS_PAGES")))
+    assert 0.99 * now <= mst_mrq.peak_memory(torch.device("cpu")) <= machine  # counters of threads lag by some pages
