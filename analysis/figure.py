@@ -28,7 +28,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator, NullLo
 
 from analysis import claims, statistics
 from analysis.runs import PUBLISHED_COLUMNS, Loaded, load_figure, load_published
-from experiments.__main__ import Parser, choice, names, positive
+from experiments.__main__ import Parser, add_choice_of_runs, merged, positive
 from experiments.figures import FIGURES, MODULES
 from experiments.figures import runs as declared_runs
 
@@ -697,11 +697,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("figure", choices=[*FORMS, "all"], metavar="FIGURE", help=f"all, or {', '.join(FORMS)}")
     parser.add_argument("--runs", dest="runs_dir", default="runs", metavar="DIR", help="run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the files (figures)")
-    parser.add_argument("--toy", action="store_true", help="the toy runs of the figure")
-    parser.add_argument("--envs", type=names, metavar="A,B", help="other tasks than the figure's")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 1 to N")
-    parser.add_argument("--only", type=choice, action="append", default=[], metavar="FLAG=V1,V2",
-                        help="only runs with these values, such as critic-arch=4,6; can be repeated")  # fmt: skip
+    add_choice_of_runs(parser)
     parser.add_argument(
         "--published", metavar="CSV", help=f"learning curves to lay over: {','.join(PUBLISHED_COLUMNS)}"
     )
@@ -709,10 +705,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--last", type=positive, metavar="K", help="evaluations in a final return (the last tenth)")
     parser.add_argument("--cost", action="store_true", help="wall-clock time, memory and FLOPs of the cells instead")
     args = vars(parser.parse_args(argv))
-    asked, out, only = args.pop("figure"), args.pop("out"), {}
-    for flag, values in args.pop("only"):
-        only[flag] = only.get(flag, ()) + values
-    options = Options(only=only, **args)
+    asked, out = args.pop("figure"), args.pop("out")
+    options = Options(**args | {"only": merged(args["only"])})
     if not Path(options.runs_dir).is_dir():
         parser.error(f"{options.runs_dir} is no folder: give --runs the one that holds the run directories")
     chosen, skipped = list(FORMS) if asked == "all" else [asked], []

@@ -40,11 +40,9 @@ def main(argv: list[str]) -> int:
             parser.error(f"{flag} is each run's own: choose runs by --envs, --seeds and --runs-dir, before --")
     if args.command == "list":
         return print_figures()
-    args.extra, only = tuple(extra), {}
-    for flag, values in args.only:
-        only[flag] = only.get(flag, ()) + values
+    args.extra = tuple(extra)
     try:
-        chosen = runs(args.figure, args.toy, args.envs, args.seeds, only)
+        chosen = runs(args.figure, args.toy, args.envs, args.seeds, merged(args.only))
         if args.command == "task":
             chosen = of_task(chosen, args.index, args.runs_per_task)
     except ValueError as error:
@@ -65,11 +63,7 @@ def make_parser() -> Parser:
 
     common = Parser(add_help=False)
     common.add_argument("figure", help="a name that `list` shows")
-    common.add_argument("--toy", action="store_true", help="small networks, short runs, an easy task and 2 seeds")
-    common.add_argument("--envs", type=names, metavar="A,B", help="other tasks than the figure's")
-    common.add_argument("--seeds", type=positive, metavar="N", help="seeds 1 to N")
-    common.add_argument("--only", type=choice, action="append", default=[], metavar="FLAG=V1,V2",
-                        help="only runs with these values, such as critic-arch=4,6; can be repeated")  # fmt: skip
+    add_choice_of_runs(common)
     common.add_argument("--runs-dir", type=Path, default=Path("runs"), help="the folder of run directories (runs)")
     in_task = Parser(add_help=False)
     in_task.add_argument("--runs-per-task", type=positive, default=1, metavar="K", help="runs side by side in a task")
@@ -93,6 +87,20 @@ def make_parser() -> Parser:
     slurm.add_argument("--max-parallel", type=positive, metavar="N", help="tasks at a time")
     slurm.add_argument("--dry-run", action="store_true", help="only print the sbatch commands")
     return parser
+
+
+def add_choice_of_runs(parser: Parser) -> None:
+    """The flags that choose among a figure's runs, for the figure's drawing as well."""
+    parser.add_argument("--toy", action="store_true", help="small networks, short runs, an easy task and 2 seeds")
+    parser.add_argument("--envs", type=names, metavar="A,B", help="other tasks than the figure's")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 1 to N")
+    parser.add_argument("--only", type=choice, action="append", default=[], metavar="FLAG=V1,V2",
+                        help="only runs with these values, such as critic-arch=4,6; can be repeated")  # fmt: skip
+
+
+def merged(only: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """Several `--only` of one flag allow the values of all."""
+    return {flag: tuple(v for f, values in only if f == flag for v in values) for flag, _ in only}
 
 
 def positive(text: str) -> int:
