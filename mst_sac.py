@@ -19,6 +19,7 @@ import difflib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -28,8 +29,10 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -74,6 +77,17 @@ class Args:
     eval_only: str | None = None
     """play the agent of this run directory or `agent.pt` for `eval_episodes` episodes, print the returns, then stop"""
 
+    # Speed: none of these changes the algorithm, see docs/performance.md
+    cuda_graphs: bool = True
+    """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
+    compile: bool = False
+    """fuse the losses with `torch.compile`: a minute at the start, less time for every update"""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """matrix products on a GPU: in float32 (highest), TF32 (high) or bfloat16 (medium)"""
+    overlap: bool = torch.cuda.is_available()
+    """choose each action before the update that is due, which then runs while the environment steps (the default where
+    there is a GPU): the action is by one update older"""
+
     # Environment and evaluation
     env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "humanoid-run"
     """`domain-task` of DeepMind Control, or a Gymnasium id with a bounded Box action space"""
@@ -89,6 +103,8 @@ class Args:
     """agent steps between writes of the losses to TensorBoard"""
     checkpoint_interval: int = 10_000
     """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
+    eval_workers: int | None = None
+    """processes that step the evaluation's environments (default: one per core, none where there is one core)"""
     diagnostics: bool = True
     """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
 
@@ -331,20 +347,20 @@ class ReplayBuffer:
     `horizon` steps are stored or have ended in a termination. The last starts of a truncated episode stay at 0.
     """
 
-    ROW = 1024  # priorities are summed row by row in float64, so that sampling stays exact at any size
-    FIELDS = ("obs", "action", "reward", "terminated", "is_transition", "priority")
+    ROW = 128  # priorities are summed row by row in float64, so that sampling stays exact and fast at any size
 
     def __init__(
         self, capacity: int, obs_dim: int, action_dim: int, horizon: int, seed: int, device: torch.device | str = "cpu"
     ):
         self.capacity, self.horizon, self.device = capacity, horizon, torch.device(device)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.obs = torch.zeros(capacity, obs_dim, device=device)
-        self.action = torch.zeros(capacity, action_dim, device=device)
-        self.reward = torch.zeros(capacity, device=device)
-        self.terminated = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.is_transition = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.priority = torch.zeros(math.ceil(capacity / self.ROW) * self.ROW, device=device)
+        self.slots = torch.zeros(capacity, obs_dim + action_dim + 3, device=device)
+        self.obs, self.action, rest = self.slots.split([obs_dim, action_dim, 3], 1)
+        self.reward, self.terminated, self.is_transition = rest.unbind(1)
+        n_rows = math.ceil(capacity / self.ROW)
+        self.priority = torch.zeros(n_rows * self.ROW, device=device)
+        self.row_total = torch.zeros(n_rows, dtype=torch.float64, device=device)
+        self.row_max = torch.zeros(n_rows, device=device)
         self.any_terminated = torch.zeros((), device=device)  # 1 once a termination was ever stored
         self.position = -1  # slot of the newest observation
         self.size = 0  # slots in use
@@ -353,82 +369,187 @@ class ReplayBuffer:
     @staticmethod
     def nbytes(capacity: int, obs_dim: int, action_dim: int) -> int:
         """Memory of a buffer in bytes."""
-        return capacity * (4 * (obs_dim + action_dim + 2) + 2)
+        return capacity * 4 * (obs_dim + action_dim + 4)
 
     def start_episode(self, obs: np.ndarray) -> None:
         """Store the first observation of an episode."""
-        self._append(obs)
+        self._append(obs, [])
         self.episode_length = 0
 
     def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         """Store the step taken from the newest observation, and the observation it led to."""
-        self.action[self.position] = torch.from_numpy(action)
-        self.reward[self.position] = reward
-        self.terminated[self.position] = bool(terminated)
-        self.is_transition[self.position] = True
-        self._append(next_obs)
+        step = np.concatenate([action, [reward, terminated, 1]], dtype=np.float32)
+        self.slots[self.position, -len(step) :] = torch.from_numpy(step)
         self.episode_length += 1
         new_starts = [self.horizon] if self.episode_length >= self.horizon else []  # as steps back from next_obs
         if terminated:
             self.any_terminated.fill_(1)
             new_starts = range(1, min(self.episode_length, self.horizon) + 1)
-        max_priority = self.priority.max().clamp(min=1)
-        for back in new_starts:
-            self.priority[(self.position - back) % self.capacity] = max_priority
+        self._append(next_obs, new_starts)
 
-    def _append(self, obs: np.ndarray) -> None:
-        """Store an observation in the next slot, and forget what the slot held."""
+    def _append(self, obs: np.ndarray, new_starts: list[int] | range) -> None:
+        """Store an observation in the next slot and forget what that held; new starts get the largest priority."""
         self.position = (self.position + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
-        for name in self.FIELDS:
-            getattr(self, name)[self.position] = torch.from_numpy(obs) if name == "obs" else 0
+        self.slots[self.position] = F.pad(torch.from_numpy(obs), (0, self.slots.shape[1] - len(obs)))
+        starts = [(self.position - back) % self.capacity for back in new_starts]
+        index = torch.tensor([self.position, *starts], device=self.device)
+        self.update_priority(index, (index != self.position) * self.row_max.max().clamp(min=1))
 
     def sample_index(self, batch_size: int) -> torch.Tensor:
         """Draw starts with replacement, (batch,). Row first, then slot within the row.
 
         `u < 1` in float64 keeps `u * total < total`, so no index is past the end and none has priority 0.
         """
-        rows = self.priority.view(-1, self.ROW)
-        row_total = rows.sum(1, dtype=torch.float64).cumsum(0)
+        row_total = self.row_total.cumsum(0)
         u = torch.rand(2, batch_size, 1, dtype=torch.float64, generator=self.generator, device=self.device)
         row = torch.searchsorted(row_total, u[0, :, 0] * row_total[-1], right=True)
-        total = rows[row].double().cumsum(1)  # (batch, ROW)
+        total = self.priority.view(-1, self.ROW)[row].double().cumsum(1)  # (batch, ROW)
         column = torch.searchsorted(total, u[1] * total[:, -1:], right=True)
         return row * self.ROW + column[:, 0]
 
     def windows(self, index: torch.Tensor) -> Batch:
         """The windows that start at `index` (batch,)."""
         step = torch.arange(self.horizon, device=self.device)
-        alive = (~self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
-        offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1) - 1  # 0, 1, ... until the terminal observation
-        slot = (index[:, None] + offset) % self.capacity  # (batch, horizon + 1)
-        action, reward, terminated = (x[slot[:, :-1]] for x in (self.action, self.reward, self.terminated))
-        return Batch(self.obs[slot], action, reward, terminated.to(reward.dtype), index)
+        alive = (1 - self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
+        offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1).long() - 1  # 0, 1, ... until the terminal observation
+        slots = self.slots[(index[:, None] + offset) % self.capacity]  # (batch, horizon + 1, obs_dim + action_dim + 3)
+        obs, action, rest = slots.split([self.obs.shape[1], self.action.shape[1], 3], 2)
+        return Batch(obs, action[:, :-1], rest[:, :-1, 0], rest[:, :-1, 1], index)
 
     def sample(self, batch_size: int, device: torch.device | str) -> Batch:
         return Batch(*(x.to(device) for x in self.windows(self.sample_index(batch_size))))
 
     def update_priority(self, index: torch.Tensor, priority: torch.Tensor) -> None:
-        self.priority[index.to(self.device)] = priority.to(self.device)
+        """Set priorities (batch,) at `index` (batch,). Of several for one slot, the largest."""
+        index, priority = index.to(self.device), priority.to(self.device)
+        self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
+        row = index // self.ROW
+        rows = self.priority.view(-1, self.ROW)[row]  # (batch, ROW)
+        self.row_total[row] = rows.sum(1, dtype=torch.float64)
+        self.row_max[row] = rows.amax(1)
 
     def reward_scale(self) -> torch.Tensor:
         """Mean |reward| of the stored transitions, at least 1e-8."""
         return (self.reward.abs().sum() / self.is_transition.sum()).clamp(min=1e-8)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint holds."""
+        used = {"slots": self.slots[: self.size], "priority": self.priority[: self.size]}
+        return {**used, **{name: getattr(self, name) for name in ("row_total", "row_max", "any_terminated")}}
+
     def state_dict(self) -> dict:
-        used = {name: getattr(self, name)[: self.size] for name in self.FIELDS}
-        if self.size < self.capacity:  # a view would be saved with its whole storage
-            used = {name: field.clone() for name, field in used.items()}
+        # a view would be saved with its whole storage
+        tensors = {name: x.clone() if x.shape != getattr(self, name).shape else x for name, x in self.tensors().items()}
         counters = {name: getattr(self, name) for name in ("position", "size", "episode_length")}
-        return {**used, **counters, "any_terminated": self.any_terminated, "generator": self.generator.get_state()}
+        return {**tensors, **counters, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("position", "size", "episode_length"):
             setattr(self, name, state[name])
-        for name in self.FIELDS:
-            getattr(self, name)[: self.size] = state[name]
-        self.any_terminated.copy_(state["any_terminated"])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
         self.generator.set_state(state["generator"])
+
+
+# Updates, eager or as CUDA graphs. An update is a generator function: between a module's gradient and its optimizer
+# step it yields the module's name, and there the topology may change. All else stays on the device, in static tensors.
+class GraphedUpdate:
+    """An update as CUDA graphs, one for each stretch between its yields. A call replays them: the same kernels on the
+    same memory, with the next numbers of the random generators."""
+
+    def __init__(self, update: Callable[[], Iterator[str]], generators: list[torch.Generator]):
+        self.stretches = []
+        pool, steps, name = torch.cuda.graph_pool_handle(), update(), ""
+        while name is not None:
+            graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, pool=pool):
+                name = next(steps, None)
+            self.stretches.append((graph, name))
+
+    def __call__(self) -> Iterator[str]:
+        for graph, name in self.stretches:
+            graph.replay()
+            if name is not None:
+                yield name
+
+
+class Updates:
+    """Runs the updates of an agent: eagerly, or as CUDA graphs once every optimizer has its state.
+
+    `off` says why there are no CUDA graphs; it is empty where there are.
+    """
+
+    def __init__(self, device: torch.device, cuda_graphs: bool):
+        self.off = "CPU" if device.type != "cuda" else "" if cuda_graphs else "--no-cuda-graphs"
+        self.graphed: dict[str, GraphedUpdate] = {}
+
+    def run(self, name: str, agent: "Agent", rb: ReplayBuffer) -> None:
+        """Run the agent's update of this name, with the topology updates that are due."""
+        update = partial(getattr(agent, name), rb)
+        if not self.off and name not in self.graphed and all(o.state for o in agent.optimizer.values()):
+            try:
+                if rb.device != agent.device:
+                    raise RuntimeError("the replay buffer is in main memory")
+                self.graphed[name] = self.capture(name, agent, rb)
+            except RuntimeError as error:
+                self.off, self.graphed = str(error).splitlines()[0], {}
+                print(f"CUDA graphs off: {self.off}", flush=True)
+        for module in self.graphed.get(name, update)():
+            sparsifier = agent.sparsifier[module]
+            gradients = [weight.grad for weight in sparsifier.weights.values()]
+            if sparsifier.topology_update_due and not all(gradient.isfinite().all() for gradient in gradients):
+                raise FloatingPointError(f"the gradient of the {module} is not finite")
+            sparsifier.advance()
+
+    @staticmethod
+    def capture(name: str, agent: "Agent", rb: ReplayBuffer) -> GraphedUpdate:
+        """Capture an update, and compare a replay with an eager update from the same state, which is then restored.
+
+        RuntimeError if it cannot be captured, or if any tensor differs by more than 1% of its change.
+        """
+        update, generators = partial(getattr(agent, name), rb), [agent.generator, rb.generator]
+        tensors = [rb.priority, rb.row_total, rb.row_max]
+        for held in [*vars(agent).values(), *(s for o in agent.optimizer.values() for s in o.state.values())]:
+            values = held.state_dict() if isinstance(held, nn.Module) else held
+            tensors += [x for x in (values.values() if isinstance(values, dict) else [values]) if torch.is_tensor(x)]
+        before, seeds = [x.detach().to("cpu", copy=True) for x in tensors], [g.get_state() for g in generators]
+
+        def run(update: Callable[[], Iterator[str]]) -> list[torch.Tensor]:
+            """What the update makes of the tensors, which get back their old values."""
+            try:
+                for _ in update():  # leaves the topology and its clock alone
+                    pass
+                return [x.detach().to("cpu", copy=True) for x in tensors]
+            finally:
+                with torch.no_grad():
+                    for x, old in zip(tensors, before, strict=True):
+                        x.copy_(old)
+                for generator, seed in zip(generators, seeds, strict=True):
+                    generator.set_state(seed)
+
+        eager = run(update)
+        graphed = GraphedUpdate(update, generators)
+        changes = zip(before, eager, run(graphed), strict=True)
+        error = max(float((c - b).norm() / (b - a).norm().clamp(min=1e-30)) for a, b, c in changes)
+        if not error <= 0.01:
+            raise RuntimeError(f"a replay of {name} differs from an eager update by {error:.2%} of the change")
+        print(f"CUDA graphs: {name} is captured (a replay differs from an eager update by {error:.4%})", flush=True)
+        return graphed
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Compute no gradients of these modules' parameters."""
+    for module in modules:
+        module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.requires_grad_(True)
 
 
 # END OF COMMON
@@ -565,12 +686,13 @@ MODULES = ("critic", "actor")
 class Agent:
     """Critic with its target, actor, their optimizers and sparsifiers, temperature, and the observations' statistics.
 
-    Updates change tensors in place and wait for the device at topology updates only. No CUDA graph has been tried yet.
+    Updates change tensors in place, and wait for the device at topology updates only.
     `training_updates` is the planned number of updates of each module, which the schedules of eqs. 1 and 2 run over.
     """
 
     def __init__(self, args: Args, critic: Critic, actor: Actor, training_updates: int, generator: torch.Generator):
         self.args, self.generator, self.device = args, generator, generator.device
+        self.updates = Updates(self.device, args.cuda_graphs)
         self.horizon = 1  # of the replay buffer's windows
         self.critic, self.actor = critic, actor
         like = next(actor.parameters())
@@ -583,7 +705,13 @@ class Agent:
         self.sparsifier: dict[str, Sparsifier] = {}
         for i, name in enumerate(MODULES):
             module, lr = getattr(self, name), getattr(args, f"{name}_lr")
-            self.optimizer[name] = optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay, fused=True)
+            self.optimizer[name] = optim.AdamW(
+                module.parameters(),
+                lr,
+                weight_decay=args.weight_decay,
+                fused=True,
+                capturable=self.device.type == "cuda",
+            )
             self.sparsifier[name] = Sparsifier(
                 module,
                 self.optimizer[name],
@@ -598,8 +726,13 @@ class Agent:
                 schedule_end=args.schedule_end,
                 seed=2 * args.seed + i,
             )
-        self.optimizer["temperature"] = optim.AdamW([self.log_temp], args.temperature_lr, weight_decay=0, fused=True)
+        self.optimizer["temperature"] = optim.AdamW(
+            [self.log_temp], args.temperature_lr, weight_decay=0, fused=True, capturable=self.device.type == "cuda"
+        )
         self.critic_target = copy.deepcopy(critic).requires_grad_(False)
+        if args.compile:
+            for name in ("critic_loss", "actor_loss"):
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -629,7 +762,7 @@ class Agent:
         Returns False if it was stopped between them; the next call goes on with them.
         """
         while True:
-            self.update_critic_and_actor(rb.sample(self.args.batch_size, self.device))
+            self.updates.run("update_critic_and_actor", self, rb)
             if self.sparsifier["critic"].updates % self.args.updates_per_step == 0:
                 return True
             if stopped():
@@ -642,34 +775,29 @@ class Agent:
         torch._foreach_lerp_(target, online, self.args.tau)
         self.sparsifier["critic"].apply_to(self.critic_target)
 
-    def optimize(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+    def optimize(self, name: str, loss: torch.Tensor) -> Generator[str, None, torch.Tensor]:
         """Minimise the module's loss: gradient, topology update if due, masking, step.
 
         Returns the norm of the gradient after masking.
         """
         parameters = list(getattr(self, name).parameters())
         self.optimizer[name].zero_grad()
-        loss.backward(inputs=parameters)  # computes no gradient of the other modules
-        if self.sparsifier[name].topology_update_due and not all(p.grad.isfinite().all() for p in parameters):
-            raise FloatingPointError(f"losses/{name}_loss is {loss.item()}, with a gradient that is not finite")
-        self.sparsifier[name].step()
+        loss.backward()
+        yield name  # to Updates.run, for the topology update
+        self.sparsifier[name].mask_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         self.optimizer[name].step()
         return norm
 
-    def noise(self, action: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(action).normal_(generator=self.generator)
-
-    def update_critic_and_actor(self, batch: Batch) -> None:
+    def update_critic_and_actor(self, rb: ReplayBuffer) -> Iterator[str]:
         """One update of actor, temperature, critic and target, in this order and each with what is new by then."""
+        batch = rb.sample(self.args.batch_size, self.device)
         obs, next_obs = self.normalizer(batch.obs).unbind(1)
-        action, reward, not_done = batch.action[:, 0], batch.reward[:, 0], 1 - batch.terminated[:, 0]
 
         temperature = self.log_temp.detach().exp()
-        new_action, log_prob = self.actor.sample(obs, self.noise(action))
-        q_actor = self.critic(obs, new_action).min(1).values
-        actor_loss = (temperature * log_prob - q_actor).mean()
-        actor_grad_norm = self.optimize("actor", actor_loss)
+        with frozen(self.critic):
+            actor_loss, log_prob = self.actor_loss(obs, temperature, self.noise(batch))
+        actor_grad_norm = yield from self.optimize("actor", actor_loss)
 
         entropy = -log_prob.detach().mean()
         temperature_loss = self.log_temp.exp() * (entropy - self.target_entropy)
@@ -677,14 +805,8 @@ class Agent:
         temperature_loss.backward()
         self.optimizer["temperature"].step()
 
-        with torch.no_grad():
-            next_action, next_log_prob = self.actor.sample(next_obs, self.noise(action))
-            next_q = self.critic_target(next_obs, next_action).min(1).values
-            next_q -= self.log_temp.exp() * next_log_prob
-            q_target = reward + self.args.gamma * not_done * next_q
-        q = self.critic(obs, action)  # (batch, 1 or 2)
-        critic_loss = (q - q_target[:, None]).square().sum(1).mean()
-        critic_grad_norm = self.optimize("critic", critic_loss)
+        critic_loss, q, q_target = self.critic_loss(obs, next_obs, batch, self.noise(batch))
+        critic_grad_norm = yield from self.optimize("critic", critic_loss)
         self.update_target()
 
         self.metrics |= {
@@ -698,6 +820,28 @@ class Agent:
             "plasticity/critic_grad_norm": critic_grad_norm,
             "plasticity/actor_grad_norm": actor_grad_norm,
         }
+
+    def actor_loss(self, obs: torch.Tensor, temperature: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The loss, and the log-density (batch,) of the sampled actions."""
+        action, log_prob = self.actor.sample(obs, noise)
+        return (temperature * log_prob - self.critic(obs, action).min(1).values).mean(), log_prob
+
+    def critic_loss(
+        self, obs: torch.Tensor, next_obs: torch.Tensor, batch: Batch, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The loss, Q (batch, 1 or 2) and its target (batch,). Observations are normalised."""
+        action, reward, not_done = batch.action[:, 0], batch.reward[:, 0], 1 - batch.terminated[:, 0]
+        with torch.no_grad():
+            next_action, next_log_prob = self.actor.sample(next_obs, noise)
+            next_q = self.critic_target(next_obs, next_action).min(1).values
+            next_q -= self.log_temp.exp() * next_log_prob
+            q_target = reward + self.args.gamma * not_done * next_q
+        q = self.critic(obs, action)
+        return (q - q_target[:, None]).square().sum(1).mean(), q, q_target
+
+    def noise(self, batch: Batch) -> torch.Tensor:
+        """Standard normal, (batch, action_dim)."""
+        return torch.empty_like(batch.action[:, 0]).normal_(generator=self.generator)
 
     def state_dict(self) -> dict:
         """Everything that training goes on from, as tensors and plain values."""
@@ -849,26 +993,75 @@ def episode_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def step_environments(pipe, inherited: list, make: Callable[[int], gym.Env], indices: list[int]) -> None:
+    """A worker process: calls methods of its environments for the trainer, until that closes the pipe or dies."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # also sent to the trainer, which decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for trainers_end in inherited:
+        trainers_end.close()
+    envs = {i: make(i) for i in indices}
+    with suppress(EOFError):
+        while True:
+            method, arguments = pipe.recv()
+            pipe.send({i: getattr(envs[i], method)(**keywords) for i, keywords in arguments.items()})
+
+
+class EvaluationEnvs:
+    """`count` environments that are stepped side by side, in worker processes or (`workers=0`) in this one."""
+
+    def __init__(self, make: Callable[[int], gym.Env], count: int, workers: int):
+        self.count, self.pipes = count, []
+        self.groups = np.array_split(range(count), workers) if workers else []
+        self.envs = {} if workers else {i: make(i) for i in range(count)}
+        for group in self.groups:
+            here, there = multiprocessing.Pipe()
+            self.pipes.append(here)
+            context = multiprocessing.get_context("fork")  # shares this process's memory, and starts at once
+            context.Process(target=step_environments, args=(there, self.pipes, make, group), daemon=True).start()
+            there.close()
+
+    def call(self, method: str, arguments: dict[int, dict]) -> dict:
+        """Call a method of the environments that have keyword arguments here; returns by environment."""
+        if not self.pipes:
+            return {i: getattr(self.envs[i], method)(**keywords) for i, keywords in arguments.items()}
+        for pipe, group in zip(self.pipes, self.groups, strict=True):
+            pipe.send((method, {i: arguments[i] for i in group if i in arguments}))
+        return {i: value for pipe in self.pipes for i, value in pipe.recv().items()}
+
+
+class WorkerDied(Exception):
+    """A worker process of the evaluation ended before its environments were done; it printed why, if it could."""
+
+
 def evaluate(
-    agent: Agent, envs: list[gym.Env], seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
+    agent: Agent, envs: EvaluationEnvs, seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
 ) -> np.ndarray | None:
     """Returns of one episode per environment, played side by side without noise; None if stopped on the way.
 
     The pictures of the first episode are appended to `frames`, if given.
     """
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
-    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
-    while running.any():
+    try:
+        resets = envs.call("reset", {i: {"seed": seed} for i, seed in enumerate(seeds)})
+        obs = np.stack([resets[i][0] for i in range(envs.count)])
+        returns, running = np.zeros(envs.count), np.ones(envs.count, bool)
+        while running.any():
+            if stopped():
+                return None
+            if frames is not None and running[0]:
+                frames.append(envs.envs[0].render())
+            actions = agent.act(obs)
+            steps = envs.call("step", {i: {"action": actions[i]} for i in np.flatnonzero(running)})
+            for i, (next_obs, reward, terminated, truncated, _) in steps.items():
+                obs[i] = next_obs
+                returns[i] += reward
+                running[i] = not (terminated or truncated)
+        return returns
+    except (EOFError, ConnectionError) as error:
+        time.sleep(1)  # what ended a worker may be a signal to all processes of the job, and reach this one too
         if stopped():
             return None
-        if frames is not None and running[0]:
-            frames.append(envs[0].render())
-        actions = agent.act(obs)
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i] += reward
-            running[i] = not (terminated or truncated)
-    return returns
+        raise WorkerDied("a worker process of the evaluation died; --eval-workers 0 does without them") from error
 
 
 # Checkpoints and run directory
@@ -1016,6 +1209,37 @@ def tensorboard_layout() -> dict:
     }
 
 
+def make_evaluation_envs(args: Args, env_id: str, action_repeat: int | None) -> EvaluationEnvs:
+    """The environments of the evaluation: one worker process per core, if there are several and nothing is rendered."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = (cores if cores > 1 else 0) if args.eval_workers is None else args.eval_workers
+
+    def make(i: int) -> gym.Env:
+        return make_env(env_id, args.seed, action_repeat, render=args.capture_video and i == 0)
+
+    return EvaluationEnvs(make, args.eval_episodes, 0 if args.capture_video else min(workers, args.eval_episodes))
+
+
+def set_up(args: Args) -> torch.device:
+    """The device, with what decides how fast it is. None of this is part of the algorithm."""
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.cuda:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # the moments of dead units decay into them, and AdamW is 14 times slower on a CPU
+    return torch.device("cuda" if args.cuda else "cpu")
+
+
+def print_speed(args: Args, agent: Agent, eval_envs: EvaluationEnvs) -> None:
+    """Say which path the updates, the matrix products and the evaluation take, and why."""
+    graphs = f"off: {agent.updates.off}" if agent.updates.off else "on, once one was compared with an eager update"
+    products = {"highest": "float32", "high": "TF32", "medium": "bfloat16"}[
+        args.matmul_precision if args.cuda else "highest"
+    ]
+    workers = f"{len(eval_envs.pipes)} worker processes" if eval_envs.pipes else "this process"
+    print(f"CUDA graphs {graphs}; torch.compile {'on' if args.compile else 'off'}; matrix products in {products}")
+    print(f"actions chosen {'before' if args.overlap else 'after'} the update; evaluation in {workers}", flush=True)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that tensors on a GPU held, or that the process held in main memory, at most since its start."""
     if device.type == "cuda":
@@ -1039,8 +1263,7 @@ def train(args: Args) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
-    device = torch.device("cuda" if args.cuda else "cpu")
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = set_up(args)
     try:
         choose_mujoco_gl(args.env_id, args.capture_video)
         env = make_env(args.env_id, args.seed, args.action_repeat)
@@ -1059,31 +1282,30 @@ def train(args: Args) -> int:
     print_table(args, agent, rb)
     if args.dry_run:
         return 0
+    eval_envs = make_evaluation_envs(args, args.env_id, args.action_repeat)  # its processes must not hold the lock
+    print_speed(args, agent, eval_envs)
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"]:
         print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
         return 0
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
-    eval_envs = [
-        make_env(args.env_id, args.seed, args.action_repeat, render=args.capture_video and i == 0)
-        for i in range(args.eval_episodes)
-    ]
 
     # TRY NOT TO MODIFY: seeding, or restoring from the checkpoint
     exploration = torch.Generator().manual_seed(args.seed)
     actions: list[torch.Tensor] = []  # of the running episode: with its seed, they restore the environment
+    action: torch.Tensor | None = None  # the next one, where it is chosen before an update
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         rb.load_state_dict(checkpoint["replay_buffer"])
         exploration.set_state(checkpoint["exploration"])
-        actions = list(checkpoint["actions"])
+        actions, action = list(checkpoint["actions"]), checkpoint["action"]
         print(f"resuming {run_dir} at agent step {progress.agent_step:,}")
     obs = replay_episode(env, episode_seed(args.seed, 0, progress.episode), [action.numpy() for action in actions])
     if not checkpoint:
         rb.start_episode(obs)
     elif not np.array_equal(obs, rb.obs[rb.position].cpu().numpy()):
         print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
-        progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
+        progress.episode, progress.episode_return, actions, action = progress.episode + 1, 0.0, [], None
         obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
         rb.start_episode(obs)
 
@@ -1128,6 +1350,7 @@ def train(args: Args) -> int:
                 "replay_buffer": rb.state_dict(),
                 "exploration": exploration.get_state(),
                 "actions": torch.stack(actions) if actions else torch.zeros(0, action_dim),
+                "action": action,
             }
         save(run_dir / "checkpoint.pt", state)
 
@@ -1175,7 +1398,8 @@ def train(args: Args) -> int:
         writer.add_scalar("charts/SPS", sps, progress.agent_step)
 
     def check_finite() -> None:
-        values = torch.stack(list(agent.metrics.values())).tolist()
+        """Waits for the update to end."""
+        values = torch.stack(list(agent.metrics.values())).tolist() if agent.metrics else []
         for name, value in zip(agent.metrics, values, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
@@ -1184,12 +1408,16 @@ def train(args: Args) -> int:
         while progress.agent_step < args.total_timesteps or progress.phase != "act":
             if progress.phase == "act":
                 # ALGO LOGIC: put action logic here
-                action = agent.explore(obs, progress.agent_step < args.learning_starts, exploration)
+                if action is None:
+                    action = agent.explore(obs, progress.agent_step < args.learning_starts, exploration)
 
                 # TRY NOT TO MODIFY: execute the game and store the transition
                 obs, reward, terminated, truncated, _ = env.step(action.numpy())
+                if args.overlap:  # the last update ran meanwhile
+                    check_finite()
                 rb.add(action.numpy(), reward, obs, terminated)
                 actions.append(action)
+                action = None
                 progress.agent_step += 1
                 progress.episode_return += float(reward)
                 if terminated or truncated:
@@ -1204,11 +1432,15 @@ def train(args: Args) -> int:
                 # ALGO LOGIC: training
                 if progress.agent_step < args.learning_starts:
                     progress.phase = "evaluate"
-                elif agent.train_step(rb, stopped):
-                    check_finite()
-                    if progress.agent_step % args.log_interval == 0:
-                        log_training()
-                    progress.phase = "evaluate"
+                else:
+                    if args.overlap and action is None:
+                        action = agent.explore(obs, False, exploration)
+                    if agent.train_step(rb, stopped):
+                        if not args.overlap:
+                            check_finite()
+                        if progress.agent_step % args.log_interval == 0:
+                            log_training()
+                        progress.phase = "evaluate"
 
             if progress.phase == "evaluate" and not stop.is_set():
                 if progress.agent_step % args.eval_interval == 0 or progress.agent_step == args.total_timesteps:
@@ -1238,6 +1470,8 @@ def train(args: Args) -> int:
             f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "
             "learning rate may help, or an architecture with LayerNorm, under another --exp-name"
         )
+    except WorkerDied as error:
+        fail(f"{error} (see above; start the same command again to go on)")
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error}); free some space and start the same command again")
     bar.close()
@@ -1255,23 +1489,21 @@ def play(args: Args) -> int:
     if saved["args"].keys() != asdict(args).keys():
         fail(f"{path} is of another script, or of another version of this one: play it with that one", 2)
     trained = Args(**saved["args"])
-    device = torch.device("cuda" if args.cuda else "cpu")
+    device = set_up(args)
     try:
         choose_mujoco_gl(trained.env_id, args.capture_video)
-        envs = [
-            make_env(trained.env_id, args.seed, trained.action_repeat, render=args.capture_video and i == 0)
-            for i in range(args.eval_episodes)
-        ]
+        env = make_env(trained.env_id, args.seed, trained.action_repeat)
+        envs = make_evaluation_envs(args, trained.env_id, trained.action_repeat)
     except (ValueError, RuntimeError) as error:
         fail(str(error), 2)
-    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = make_agent(trained, obs_dim, action_dim, device)
     agent.load_policy_state_dict(saved)
     frames = [] if args.capture_video else None
     seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
     try:
         returns = evaluate(agent, envs, seeds, lambda: False, frames)
-    except FloatingPointError as error:
+    except (FloatingPointError, WorkerDied) as error:
         fail(f"{error}")
     for i, value in enumerate(returns):
         print(f"episode {i + 1}: return {value:.1f}")

@@ -11,7 +11,7 @@ Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to imp
 
 A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
 forward pass. Weights, masks and optimizer state are changed in place, never replaced, as `torch.compile` and CUDA
-graphs need it (CUDA graphs are untried).
+graphs need it.
 
 Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
 (Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
@@ -227,8 +227,7 @@ class Sparsifier:
 
     Attributes:
         masks: boolean tensors by parameter name, True where active; empty for "dense".
-        updates: the clock, number of steps so far. Where a CUDA graph holds `mask_gradients()` in place of `step()`,
-            write `sparsifier.updates += 1` at each replay, and call `step()` whenever `topology_update_due`.
+        updates: the clock, number of steps so far.
         topology_updates: number of topology updates so far.
         replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
             do not count), as a share of all active after it; 0.0 before the first.
@@ -304,24 +303,28 @@ class Sparsifier:
 
     @property
     def topology_update_due(self) -> bool:
-        """Whether the next `step()` updates the topology, which syncs with the host: never capture that step."""
+        """Whether the next `step()` updates the topology."""
         return self.regime in ("dst", "s2d", "d2s") and (self.updates + 1) % self.update_interval == 0
 
     def step(self) -> None:
-        """Advance the clock, update the topology if due, mask the gradients.
+        """Advance the clock, update the topology if due, mask the gradients: `advance()` and `mask_gradients()`.
 
         Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
         update reads the gradients as they are: they must come from this module's own loss alone.
         """
+        self.advance()
+        self.mask_gradients()
+
+    def advance(self) -> None:
+        """Advance the clock and update the topology if due: the half of `step()` that a CUDA graph cannot hold."""
         due = self.topology_update_due
         self.updates += 1
         if due:
             self._update_topology()
-        self.mask_gradients()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients outside the masks, in place and without a host sync, as a CUDA graph needs it."""
+        """Zero the gradients outside the masks, in place: the half of `step()` without a host sync."""
         for name, mask in self.masks.items():
             grad = self.weights[name].grad
             if grad is not None:
