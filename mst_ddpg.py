@@ -82,8 +82,10 @@ class Args:
     """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
     compile: bool = False
     """fuse the losses with `torch.compile`: a minute at the start, less time for every update"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """matrix products on a GPU: in float32 (highest), TF32 (high) or bfloat16 (medium)"""
+    matmul_precision: Literal["highest", "high"] = "high"
+    """float32 matrix products on a GPU: in float32 (highest) or TF32 (high)"""
+    bf16: bool = False
+    """compute the losses in bfloat16 (`torch.autocast`); parameters, outputs and optimizers stay in float32"""
     overlap: bool = torch.cuda.is_available()
     """choose each action before the update that is due, which then runs while the environment steps (the default where
     there is a GPU): the action is by one update older"""
@@ -104,7 +106,7 @@ class Args:
     checkpoint_interval: int = 10_000
     """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
     eval_workers: int | None = None
-    """processes that step the evaluation's environments (default: one per core, none where there is one core)"""
+    """processes that step the evaluation's environments (default: one per core, or OMP_NUM_THREADS; none for one)"""
     diagnostics: bool = True
     """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
 
@@ -487,11 +489,14 @@ class Updates:
         update = partial(getattr(agent, name), rb)
         if not self.off and name not in self.graphed and all(o.state for o in agent.optimizer.values()):
             try:
-                if rb.device != agent.device:
+                if rb.device.type != agent.device.type:
                     raise RuntimeError("the replay buffer is in main memory")
                 self.graphed[name] = self.capture(name, agent, rb)
             except RuntimeError as error:
-                self.off, self.graphed = str(error).splitlines()[0], {}
+                cause = error.__context__ or error  # a failed capture has an error of its own at its end
+                self.off, self.graphed = f"{cause}".partition("\n")[0], {}
+                if torch.cuda.is_available():
+                    torch.cuda.set_stream(torch.cuda.default_stream())  # it leaves another one
                 print(f"CUDA graphs off: {self.off}", flush=True)
         for module in self.graphed.get(name, update)():
             sparsifier = agent.sparsifier[module]
@@ -513,27 +518,40 @@ class Updates:
             tensors += [x for x in (values.values() if isinstance(values, dict) else [values]) if torch.is_tensor(x)]
         before, seeds = [x.detach().to("cpu", copy=True) for x in tensors], [g.get_state() for g in generators]
 
-        def run(update: Callable[[], Iterator[str]]) -> list[torch.Tensor]:
-            """What the update makes of the tensors, which get back their old values."""
-            try:
-                for _ in update():  # leaves the topology and its clock alone
-                    pass
-                return [x.detach().to("cpu", copy=True) for x in tensors]
-            finally:
-                with torch.no_grad():
-                    for x, old in zip(tensors, before, strict=True):
-                        x.copy_(old)
-                for generator, seed in zip(generators, seeds, strict=True):
-                    generator.set_state(seed)
+        @torch.no_grad()
+        def restore() -> None:
+            for x, old in zip(tensors, before, strict=True):
+                x.copy_(old)
+            for generator, seed in zip(generators, seeds, strict=True):
+                generator.set_state(seed)
 
-        eager = run(update)
-        graphed = GraphedUpdate(update, generators)
-        changes = zip(before, eager, run(graphed), strict=True)
-        error = max(float((c - b).norm() / (b - a).norm().clamp(min=1e-30)) for a, b, c in changes)
-        if not error <= 0.01:
-            raise RuntimeError(f"a replay of {name} differs from an eager update by {error:.2%} of the change")
-        print(f"CUDA graphs: {name} is captured (a replay differs from an eager update by {error:.4%})", flush=True)
+        try:
+            for _ in update():  # leaves the topology and its clock alone
+                pass
+            eager = [x.detach().to("cpu", copy=True) for x in tensors]
+            restore()
+            graphed = GraphedUpdate(update, generators)
+            for _ in graphed():
+                pass
+            triples = zip(before, eager, tensors, strict=True)
+            errors = [float((x.detach().cpu() - e).norm() / (e - b).norm().clamp(min=1e-30)) for b, e, x in triples]
+        finally:
+            restore()
+        if not all(error <= 0.01 for error in errors):  # NaN is an error too
+            raise RuntimeError(f"a replay of {name} differs from an eager update by {max(errors):.2%} of the change")
+        print(
+            f"CUDA graphs: {name} is captured (a replay differs from an eager update by {max(errors):.4%})", flush=True
+        )
         return graphed
+
+
+def accelerate(agent: "Agent", *losses: str) -> None:
+    """Wrap the agent's losses as the flags ask: computed in bfloat16, their operations fused by `torch.compile`."""
+    for name in losses:
+        if agent.args.bf16:
+            setattr(agent, name, torch.autocast(agent.device.type, torch.bfloat16)(getattr(agent, name)))
+        if agent.args.compile:
+            setattr(agent, name, torch.compile(getattr(agent, name), dynamic=False))
 
 
 @contextmanager
@@ -597,7 +615,7 @@ class QNetwork(nn.Module):
         self.value = linear(hidden_dim, 1, nn.init.orthogonal_)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.value(self.trunk(torch.cat([obs, action], 1)))
+        return self.value(self.trunk(torch.cat([obs, action], 1))).to(obs.dtype)  # not in bfloat16 under --bf16
 
 
 class Critic(nn.Module):
@@ -619,7 +637,7 @@ class Actor(nn.Module):
         self.action = linear(hidden_dim, action_dim, nn.init.orthogonal_)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.action(self.trunk(obs)))
+        return torch.tanh(self.action(self.trunk(obs)).to(obs.dtype))
 
 
 class RunningNorm(nn.Module):
@@ -708,9 +726,7 @@ class Agent:
                 seed=2 * args.seed + i,
             )
         self.critic_target = copy.deepcopy(critic).requires_grad_(False)
-        if args.compile:
-            for name in ("critic_loss", "actor_loss"):
-                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+        accelerate(self, "critic_loss", "actor_loss")
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -833,7 +849,7 @@ class Agent:
             optimizer.load_state_dict(state["optimizer"][name])
         for name, sparsifier in self.sparsifier.items():
             sparsifier.load_state_dict(state["sparsifier"][name])
-        self.metrics = dict(state["metrics"])
+        self.metrics = {name: value.to(self.device) for name, value in state["metrics"].items()}
         self.generator.set_state(state["generator"])
 
 
@@ -1079,7 +1095,9 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
-            names = [name for name in names if name != "runs_dir"]  # the folder may have moved
+            names = [
+                name for name in names if name not in ("runs_dir", "eval_workers", "cuda_graphs")
+            ]  # change nothing
             if names:
                 differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
                 fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
@@ -1169,13 +1187,15 @@ def tensorboard_layout() -> dict:
 
 def make_evaluation_envs(args: Args, env_id: str, action_repeat: int | None) -> EvaluationEnvs:
     """The environments of the evaluation: one worker process per core, if there are several and nothing is rendered."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = torch.get_num_threads()  # OMP_NUM_THREADS, where several runs share a machine
     workers = (cores if cores > 1 else 0) if args.eval_workers is None else args.eval_workers
 
     def make(i: int) -> gym.Env:
         return make_env(env_id, args.seed, action_repeat, render=args.capture_video and i == 0)
 
-    return EvaluationEnvs(make, args.eval_episodes, 0 if args.capture_video else min(workers, args.eval_episodes))
+    if args.capture_video or env_id == "quadruped-escape":  # OpenGL does not survive a fork
+        workers = 0
+    return EvaluationEnvs(make, args.eval_episodes, min(workers, args.eval_episodes))
 
 
 def set_up(args: Args) -> torch.device:
@@ -1190,9 +1210,7 @@ def set_up(args: Args) -> torch.device:
 def print_speed(args: Args, agent: Agent, eval_envs: EvaluationEnvs) -> None:
     """Say which path the updates, the matrix products and the evaluation take, and why."""
     graphs = f"off: {agent.updates.off}" if agent.updates.off else "on, once one was compared with an eager update"
-    products = {"highest": "float32", "high": "TF32", "medium": "bfloat16"}[
-        args.matmul_precision if args.cuda else "highest"
-    ]
+    products = "bfloat16" if args.bf16 else "TF32" if args.cuda and args.matmul_precision == "high" else "float32"
     workers = f"{len(eval_envs.pipes)} worker processes" if eval_envs.pipes else "this process"
     print(f"CUDA graphs {graphs}; torch.compile {'on' if args.compile else 'off'}; matrix products in {products}")
     print(f"actions chosen {'before' if args.overlap else 'after'} the update; evaluation in {workers}", flush=True)

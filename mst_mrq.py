@@ -84,8 +84,10 @@ class Args:
     """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
     compile: bool = False
     """fuse the losses with `torch.compile`: a minute at the start, less time for every update"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """matrix products on a GPU: in float32 (highest), TF32 (high) or bfloat16 (medium)"""
+    matmul_precision: Literal["highest", "high"] = "high"
+    """float32 matrix products on a GPU: in float32 (highest) or TF32 (high)"""
+    bf16: bool = False
+    """compute the losses in bfloat16 (`torch.autocast`); parameters, outputs and optimizers stay in float32"""
     overlap: bool = torch.cuda.is_available()
     """choose each action before the update that is due, which then runs while the environment steps (the default where
     there is a GPU): the action is by one update older"""
@@ -106,7 +108,7 @@ class Args:
     checkpoint_interval: int = 10_000
     """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
     eval_workers: int | None = None
-    """processes that step the evaluation's environments (default: one per core, none where there is one core)"""
+    """processes that step the evaluation's environments (default: one per core, or OMP_NUM_THREADS; none for one)"""
     diagnostics: bool = True
     """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
 
@@ -515,11 +517,14 @@ class Updates:
         update = partial(getattr(agent, name), rb)
         if not self.off and name not in self.graphed and all(o.state for o in agent.optimizer.values()):
             try:
-                if rb.device != agent.device:
+                if rb.device.type != agent.device.type:
                     raise RuntimeError("the replay buffer is in main memory")
                 self.graphed[name] = self.capture(name, agent, rb)
             except RuntimeError as error:
-                self.off, self.graphed = str(error).splitlines()[0], {}
+                cause = error.__context__ or error  # a failed capture has an error of its own at its end
+                self.off, self.graphed = f"{cause}".partition("\n")[0], {}
+                if torch.cuda.is_available():
+                    torch.cuda.set_stream(torch.cuda.default_stream())  # it leaves another one
                 print(f"CUDA graphs off: {self.off}", flush=True)
         for module in self.graphed.get(name, update)():
             sparsifier = agent.sparsifier[module]
@@ -541,27 +546,40 @@ class Updates:
             tensors += [x for x in (values.values() if isinstance(values, dict) else [values]) if torch.is_tensor(x)]
         before, seeds = [x.detach().to("cpu", copy=True) for x in tensors], [g.get_state() for g in generators]
 
-        def run(update: Callable[[], Iterator[str]]) -> list[torch.Tensor]:
-            """What the update makes of the tensors, which get back their old values."""
-            try:
-                for _ in update():  # leaves the topology and its clock alone
-                    pass
-                return [x.detach().to("cpu", copy=True) for x in tensors]
-            finally:
-                with torch.no_grad():
-                    for x, old in zip(tensors, before, strict=True):
-                        x.copy_(old)
-                for generator, seed in zip(generators, seeds, strict=True):
-                    generator.set_state(seed)
+        @torch.no_grad()
+        def restore() -> None:
+            for x, old in zip(tensors, before, strict=True):
+                x.copy_(old)
+            for generator, seed in zip(generators, seeds, strict=True):
+                generator.set_state(seed)
 
-        eager = run(update)
-        graphed = GraphedUpdate(update, generators)
-        changes = zip(before, eager, run(graphed), strict=True)
-        error = max(float((c - b).norm() / (b - a).norm().clamp(min=1e-30)) for a, b, c in changes)
-        if not error <= 0.01:
-            raise RuntimeError(f"a replay of {name} differs from an eager update by {error:.2%} of the change")
-        print(f"CUDA graphs: {name} is captured (a replay differs from an eager update by {error:.4%})", flush=True)
+        try:
+            for _ in update():  # leaves the topology and its clock alone
+                pass
+            eager = [x.detach().to("cpu", copy=True) for x in tensors]
+            restore()
+            graphed = GraphedUpdate(update, generators)
+            for _ in graphed():
+                pass
+            triples = zip(before, eager, tensors, strict=True)
+            errors = [float((x.detach().cpu() - e).norm() / (e - b).norm().clamp(min=1e-30)) for b, e, x in triples]
+        finally:
+            restore()
+        if not all(error <= 0.01 for error in errors):  # NaN is an error too
+            raise RuntimeError(f"a replay of {name} differs from an eager update by {max(errors):.2%} of the change")
+        print(
+            f"CUDA graphs: {name} is captured (a replay differs from an eager update by {max(errors):.4%})", flush=True
+        )
         return graphed
+
+
+def accelerate(agent: "Agent", *losses: str) -> None:
+    """Wrap the agent's losses as the flags ask: computed in bfloat16, their operations fused by `torch.compile`."""
+    for name in losses:
+        if agent.args.bf16:
+            setattr(agent, name, torch.autocast(agent.device.type, torch.bfloat16)(getattr(agent, name)))
+        if agent.args.compile:
+            setattr(agent, name, torch.compile(getattr(agent, name), dynamic=False))
 
 
 @contextmanager
@@ -617,6 +635,7 @@ class BlockMLP(nn.Module):
         self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype
         x = self.projection(x)
         for block in self.blocks:
             u = self.ln_activ(x)
@@ -626,7 +645,7 @@ class BlockMLP(nn.Module):
             elif self.residual == "post":
                 y = u + y  # eq. 6
             x = y
-        return self.output(self.ln_activ(x))
+        return self.output(self.ln_activ(x)).to(dtype)  # not in bfloat16 under --bf16
 
 
 class Encoder(nn.Module):
@@ -654,7 +673,7 @@ class Encoder(nn.Module):
 
     def predict(self, zs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latent dynamics (eq. 7): done (batch,), next zs (batch, zs_dim), reward logits (batch, bins)."""
-        prediction = self.predictor(self.zsa(zs, action))
+        prediction = self.predictor(self.zsa(zs, action)).to(zs.dtype)
         return prediction[:, 0], prediction[:, 1 : 1 + self.zs_dim], prediction[:, 1 + self.zs_dim :]
 
 
@@ -791,9 +810,7 @@ class Agent:
         self.encoder_target, self.critic_target, self.actor_target = (
             copy.deepcopy(module).requires_grad_(False) for module in (encoder, critic, actor)
         )
-        if args.compile:
-            for name in ("encoder_loss", "critic_loss", "actor_loss"):
-                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+        accelerate(self, "encoder_loss", "critic_loss", "actor_loss")
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -958,7 +975,7 @@ class Agent:
             sparsifier.load_state_dict(state["sparsifier"][name])
         for name in ("reward_scale", "target_reward_scale", "termination_seen"):
             getattr(self, name).copy_(state[name])
-        self.metrics = dict(state["metrics"])
+        self.metrics = {name: value.to(self.device) for name, value in state["metrics"].items()}
         self.generator.set_state(state["generator"])
 
 
@@ -1208,7 +1225,9 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
-            names = [name for name in names if name != "runs_dir"]  # the folder may have moved
+            names = [
+                name for name in names if name not in ("runs_dir", "eval_workers", "cuda_graphs")
+            ]  # change nothing
             if names:
                 differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
                 fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
@@ -1298,13 +1317,15 @@ def tensorboard_layout() -> dict:
 
 def make_evaluation_envs(args: Args, env_id: str, action_repeat: int | None) -> EvaluationEnvs:
     """The environments of the evaluation: one worker process per core, if there are several and nothing is rendered."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = torch.get_num_threads()  # OMP_NUM_THREADS, where several runs share a machine
     workers = (cores if cores > 1 else 0) if args.eval_workers is None else args.eval_workers
 
     def make(i: int) -> gym.Env:
         return make_env(env_id, args.seed, action_repeat, render=args.capture_video and i == 0)
 
-    return EvaluationEnvs(make, args.eval_episodes, 0 if args.capture_video else min(workers, args.eval_episodes))
+    if args.capture_video or env_id == "quadruped-escape":  # OpenGL does not survive a fork
+        workers = 0
+    return EvaluationEnvs(make, args.eval_episodes, min(workers, args.eval_episodes))
 
 
 def set_up(args: Args) -> torch.device:
@@ -1319,9 +1340,7 @@ def set_up(args: Args) -> torch.device:
 def print_speed(args: Args, agent: Agent, eval_envs: EvaluationEnvs) -> None:
     """Say which path the updates, the matrix products and the evaluation take, and why."""
     graphs = f"off: {agent.updates.off}" if agent.updates.off else "on, once one was compared with an eager update"
-    products = {"highest": "float32", "high": "TF32", "medium": "bfloat16"}[
-        args.matmul_precision if args.cuda else "highest"
-    ]
+    products = "bfloat16" if args.bf16 else "TF32" if args.cuda and args.matmul_precision == "high" else "float32"
     workers = f"{len(eval_envs.pipes)} worker processes" if eval_envs.pipes else "this process"
     print(f"CUDA graphs {graphs}; torch.compile {'on' if args.compile else 'off'}; matrix products in {products}")
     print(f"actions chosen {'before' if args.overlap else 'after'} the update; evaluation in {workers}", flush=True)

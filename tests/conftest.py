@@ -30,7 +30,7 @@ SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
     "--env cartpole-swingup --action-repeat 10 --no-cuda --width-scale 0.03 --total-timesteps 130 "
     "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
-    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20"
+    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20 --eval-workers 0"
 )
 ENCODER = ["--target-network-frequency", "20"]  # of the scripts with an encoder
 
@@ -70,7 +70,11 @@ def life(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_f
     at: ("Agent.update_encoder", 5, signal.SIGKILL) sends the process this signal at the start of the 5th such call.
     largest_file: in bytes, a write beyond it fails as on a full disk.
     """
-    child = start(script, *flags, cwd=cwd, at=at, largest_file=largest_file)
+    return end(start(script, *flags, cwd=cwd, at=at, largest_file=largest_file), cwd)
+
+
+def end(child, cwd: Path) -> Ended:
+    """Wait for the end of a process that `start()` started."""
     child.join(300)
     code = child.exitcode
     child.kill()  # if it hangs: then the code is None
@@ -111,6 +115,19 @@ def signal_at(module, name: str, call: int, number: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
+
+
+class FixedBatch:
+    """A replay buffer that draws `batch` alone. Use: `agent.updates.run(name, agent, FixedBatch(batch))`."""
+
+    def __init__(self, batch):
+        self.batch, self.device, self.priority = batch, batch.obs.device, None
+
+    def sample(self, batch_size: int, device: torch.device | str):
+        return self.batch
+
+    def update_priority(self, index: torch.Tensor, priority: torch.Tensor) -> None:
+        self.priority = priority
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)

@@ -11,7 +11,8 @@ COPIES = ["mst_sac", "mst_ddpg", "mst_mrsac"]
 # What differs between the two scripts of a family: the policy and its losses. All else that both define is the same.
 POLICY = {
     "Args", "Actor.__init__", "Actor.forward", "Agent.__init__", "Agent.act", "Agent.explore",
-    "Agent.update_critic_and_actor", "Agent.state_dict", "Agent.load_state_dict", "validate",
+    "Agent.update_critic_and_actor", "Agent.critic_loss", "Agent.actor_loss", "Agent.state_dict",
+    "Agent.load_state_dict", "validate",
 }  # fmt: skip
 DIFFERENCES = {("mst_mrq", "mst_mrsac"): POLICY, ("mst_sac", "mst_ddpg"): POLICY | {"Agent.noise"}}
 

@@ -7,7 +7,10 @@ is all but the kernels: with a GPU, the same tests run there with real graphs to
 """
 
 import contextlib
+import copy
 import importlib
+import itertools
+import re
 
 import numpy as np
 import pytest
@@ -127,4 +130,105 @@ def test_graphs_train_as_eager_updates_do_across_topology_updates(module, device
     printed = [line.partition(" is captured (a replay differs") for line in capsys.readouterr().out.splitlines()]
     assert sorted(line[0] for line in printed) == sorted(f"CUDA graphs: {name}" for name in updates)
     assert graphed[0].sparsifier["critic"].topology_updates >= 2
+    assert_equal(*graphed, *eager)
+
+
+def test_a_run_with_graphs_resumes_before_it_captures_again(module, device):
+    whole, first, second = (make(module, device, graphs=True) for _ in range(3))
+    train(*whole, 12), train(*first, 7)
+    for ours, saved in zip(second, first, strict=True):
+        ours.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert second[0].updates.graphed == {}
+    train(*second, 5)
+    assert second[0].updates.graphed.keys() == whole[0].updates.graphed.keys()
+    assert_equal(*second, *whole)
+
+
+def test_noise_differs_from_replay_to_replay_and_comes_back_with_the_generators(module, device):
+    agent, rb = make(module, device, graphs=True)
+    train(agent, rb, 3)
+    replay = agent.updates.graphed["update_critic_and_actor"]
+    held = [*leaves(agent, rb), rb.priority, rb.row_total, rb.row_max]
+    before, seeds = [x.clone() for x in held], [g.get_state() for g in (agent.generator, rb.generator)]
+
+    def actor_after_replay() -> torch.Tensor:
+        with torch.no_grad():
+            for x, old in zip(held, before, strict=True):
+                x.copy_(old)
+        assert len(list(replay())) == 2  # the points between the graphs: critic and actor
+        return torch.cat([p.detach().flatten().clone() for p in agent.actor.parameters()])
+
+    first, second = actor_after_replay(), actor_after_replay()
+    assert not torch.equal(first, second)
+    for generator, seed in zip((agent.generator, rb.generator), seeds, strict=True):
+        generator.set_state(seed)
+    torch.testing.assert_close(actor_after_replay(), first, rtol=0, atol=0)
+
+
+def test_training_moves_no_tensor_to_other_memory(module, device):
+    agent, rb = make(module, device, graphs=False)
+    train(agent, rb, 1)
+
+    def addresses() -> list[int]:
+        networks = [x.state_dict().values() for x in vars(agent).values() if isinstance(x, torch.nn.Module)]
+        states = [state.values() for optimizer in agent.optimizer.values() for state in optimizer.state.values()]
+        masks = [sparsifier.masks.values() for sparsifier in agent.sparsifier.values()]
+        return [
+            x.data_ptr() for x in itertools.chain(*networks, *states, *masks, [rb.priority, rb.row_total, rb.slots])
+        ]
+
+    before = addresses()
+    train(agent, rb, 12)
+    assert agent.sparsifier["critic"].topology_updates >= 2
+    assert addresses() == before
+
+
+def skip_adamw(graph: RecordedGraph) -> None:
+    graph.calls = [call for call in graph.calls if call[0] != aten._fused_adamw_.default]
+
+
+def write_nan(graph: RecordedGraph) -> None:
+    graph.calls = [
+        (
+            function,
+            (*args[:1], [x * torch.nan for x in args[1]], *args[2:]) if "adamw" in str(function) else args,
+            *rest,
+        )
+        for function, args, *rest in graph.calls
+    ]
+
+
+@pytest.mark.parametrize("fault", [skip_adamw, write_nan])
+def test_a_replay_that_differs_from_eager_is_noticed_and_training_goes_on_eagerly(module, monkeypatch, capsys, fault):
+    def faulty(graph, pool):
+        with record(graph, pool):
+            yield
+        fault(graph)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.contextmanager(faulty))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    graphed, eager = make(module, torch.device("cpu"), graphs=True), make(module, torch.device("cpu"), graphs=False)
+    train(*graphed, 12), train(*eager, 12)
+    assert graphed[0].updates.graphed == {}
+    assert re.fullmatch(
+        r"CUDA graphs off: a replay of \w+ differs from an eager update by .*% of the change\n", capsys.readouterr().out
+    )
+    assert_equal(*graphed, *eager)
+
+
+def test_an_update_that_waits_for_the_device_is_not_captured(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    graphed, eager = make(module, torch.device("cpu"), graphs=True), make(module, torch.device("cpu"), graphs=False)
+    update = module.Agent.update_critic_and_actor
+
+    def waits(agent, rb):
+        yield from update(agent, rb)
+        agent.metrics["losses/critic_loss"].item()
+
+    monkeypatch.setattr(module.Agent, "update_critic_and_actor", waits)
+    train(*graphed, 8), train(*eager, 8)
+    assert capsys.readouterr().out == "CUDA graphs off: aten._local_scalar_dense.default waits for the device\n"
     assert_equal(*graphed, *eager)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FixedBatch
 
 from mst_mrq import (
     Actor,
@@ -95,7 +96,7 @@ def fill(capacity: int, horizon: int, episodes: int, seed: int = 0, terminating:
 
 
 @pytest.mark.parametrize("horizon", [1, 5])
-@pytest.mark.parametrize("capacity", [23, 50, 3000])  # the first two wrap around, the last spans three rows of sums
+@pytest.mark.parametrize("capacity", [23, 50, 3000])  # the first two wrap around, the last spans 24 rows of sums
 def test_windows_stay_in_one_episode_and_on_its_terminal_observation(capacity, horizon):
     for episodes in range(1, 60):
         rb = fill(capacity, horizon, episodes, seed=episodes)
@@ -135,28 +136,29 @@ def test_overwriting_a_slot_takes_its_start_and_termination_away():
 
 
 def test_sampling_frequencies_are_proportional_to_the_priorities():
-    rb = ReplayBuffer(2500, 1, 1, 1, seed=0)  # three rows
-    rb.priority[[3, 1023, 1024, 2499]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rb = ReplayBuffer(2500, 1, 1, 1, seed=0)  # twenty rows of 128
+    rb.update_priority(torch.tensor([3, 127, 128, 2499]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     index = torch.cat([rb.sample_index(200) for _ in range(500)])
     counts = torch.bincount(index, minlength=2500)
-    assert counts.nonzero()[:, 0].tolist() == [3, 1023, 1024, 2499]
+    assert counts.nonzero()[:, 0].tolist() == [3, 127, 128, 2499]
     # 100,000 draws: the standard deviation of a frequency is at most 0.0016
     torch.testing.assert_close(counts[counts > 0] / 1e5, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.006)
 
 
 def test_small_priorities_beside_a_large_one_are_told_apart_and_no_index_is_past_the_end(monkeypatch):
     rb = ReplayBuffer(1_000_000, 1, 1, 1, seed=0)
-    rb.priority[:1_000_000] = 1.0
-    rb.priority[0] = 2.0**36  # in float32, sums beyond it are multiples of 8192: eight rows of 1024 look like one
-    row = torch.arange(1, 977)  # the last one has 576 slots
-    middle = (2.0**36 + 1023 + 1024 * (row.double() - 1) + 512) / (2.0**36 + 999_999)
-    draws = torch.stack([middle, torch.full((976,), 0.5, dtype=torch.float64)])[..., None]
+    rb.update_priority(torch.arange(1_000_000), torch.ones(1_000_000))
+    # in float32, sums beyond it are multiples of 8192: 64 rows of 128 look like one
+    rb.update_priority(torch.tensor([0]), torch.tensor([2.0**36]))
+    row = torch.arange(1, 7813)  # the last one has 64 slots
+    inside = (2.0**36 + 127 + 128 * (row.double() - 1) + 32) / (2.0**36 + 999_999)
+    draws = torch.stack([inside, torch.full((7812,), 0.5, dtype=torch.float64)])[..., None]
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: draws)
-    expected = row * 1024 + 512
-    expected[-1] = 976 * 1024 + 288
-    assert rb.sample_index(976).tolist() == expected.tolist()
-    draws = torch.tensor([[[0.0]], [[(2.0**36 + 511.5) / (2.0**36 + 1023)]]], dtype=torch.float64)
-    assert rb.sample_index(1).tolist() == [512]  # in the row of the large one
+    expected = row * 128 + 64
+    expected[-1] = 7812 * 128 + 32
+    assert rb.sample_index(7812).tolist() == expected.tolist()
+    draws = torch.tensor([[[0.0]], [[(2.0**36 + 63.5) / (2.0**36 + 127)]]], dtype=torch.float64)
+    assert rb.sample_index(1).tolist() == [64]  # in the row of the large one
     draws = torch.full((2, 1, 1), 1 - 2.0**-53, dtype=torch.float64)  # the largest number below 1
     assert rb.sample_index(1).tolist() == [999_999]
 
@@ -169,6 +171,50 @@ def test_a_new_start_gets_the_largest_priority_and_at_least_1():
     rb.update_priority(torch.tensor([0]), torch.tensor([7.0]))
     rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
     assert rb.priority[:2].tolist() == [7, 7]
+
+
+def test_of_two_priorities_for_one_slot_the_larger_is_kept():
+    rb = ReplayBuffer(300, 1, 1, 1, seed=0)
+    rb.update_priority(torch.tensor([7, 200, 7, 200, 200]), torch.tensor([2.0, 3.0, 5.0, 9.0, 4.0]))
+    assert rb.priority[[7, 200]].tolist() == [5, 9]
+    rb.update_priority(torch.tensor([200]), torch.tensor([1.0]))  # the old one does not count
+    assert rb.priority[[7, 200]].tolist() == [5, 1]
+    assert rb.row_max.tolist() == rb.row_total.tolist() == [5, 1, 0]  # of slots 0..127, 128..255, 256..299
+
+
+def wrapped_around() -> tuple[ReplayBuffer, np.random.Generator]:
+    """A buffer of three rows, the last one not full, after 1,500 slots with terminations and updates of priorities."""
+    random, rb = np.random.default_rng(0), ReplayBuffer(300, 1, 1, 5, seed=0)
+    while len(rb.priority.nonzero()) < 200:  # the newest episodes may be all truncated
+        for _ in range(100):
+            length, terminates = random.integers(1, 30), random.random() < 0.5
+            rb.start_episode(np.zeros(1, np.float32))
+            for step in range(length):
+                rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminates and step == length - 1)
+                if rb.priority.any():
+                    rb.update_priority(rb.sample_index(16), torch.from_numpy(random.exponential(3, 16)).float())
+    return rb, random
+
+
+def test_row_totals_and_maxima_follow_the_priorities_around_the_ring():
+    rb, _ = wrapped_around()
+    rows = rb.priority.view(3, 128)
+    assert len(rb.priority.unique()) > 100
+    torch.testing.assert_close(rb.row_total, rows.double().sum(1), rtol=1e-12, atol=0)
+    assert rb.row_max.tolist() == rows.max(1).values.tolist()
+
+
+def test_a_loaded_buffer_draws_as_the_saved_one():
+    rb, random = wrapped_around()
+    loaded = ReplayBuffer(300, 1, 1, 5, seed=1)
+    loaded.load_state_dict(rb.state_dict())
+    for _ in range(5):
+        index = rb.sample_index(100)
+        assert loaded.sample_index(100).tolist() == index.tolist()
+        priority = torch.from_numpy(random.exponential(3, 100)).float()
+        for buffer in (rb, loaded):
+            buffer.update_priority(index, priority)
+            buffer.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
 
 
 def test_the_reward_scale_is_the_mean_absolute_reward_of_transitions():
@@ -213,10 +259,10 @@ def test_each_loss_trains_its_own_module_alone():
         }
 
     before = weights()
-    agent.update_encoder(small_batch())
+    agent.updates.run("update_encoder", agent, FixedBatch(small_batch()))
     assert changed(before) == {"encoder"}
     before = weights()
-    agent.update_critic_and_actor(small_batch())
+    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
     assert changed(before) == {"critic", "actor"}
     # the actor's loss left no trace in the critic's gradient: it is still that of the TD loss
     gradient = [p.grad.clone() for p in agent.critic.parameters()]
@@ -227,8 +273,8 @@ def test_target_noise_differs_from_update_to_update_and_is_clipped():
     agent = small_agent(policy_noise=100.0, noise_clip=0.3)
     seen = []
     agent.encoder_target.zsa = lambda zs, action: seen.append(action) or agent.encoder.zsa(zs, action)
-    agent.update_critic_and_actor(small_batch())
-    agent.update_critic_and_actor(small_batch())
+    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
+    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
     with torch.no_grad():
         clean = agent.actor_target(agent.encoder_target.zs(small_batch().obs[:, 3]))[0]
     assert (seen[0] != seen[1]).any()
@@ -239,7 +285,7 @@ def test_target_noise_differs_from_update_to_update_and_is_clipped():
 
 def test_targets_and_reward_scales_are_copied_together():
     agent = small_agent()
-    agent.update_critic_and_actor(small_batch())
+    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
     assert any((a != b).any() for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters(), strict=True))
     agent.update_targets(torch.tensor(0.25), torch.tensor(1.0))
     for name in ("encoder", "critic", "actor"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FixedBatch
 
 import mst_mrq
 
@@ -55,7 +56,7 @@ class Oracle:
     def update_encoder(self, k: int) -> None:
         reward, not_done = self[f"batch{k}/reward"][..., 0], self[f"batch{k}/not_done"][..., 0]
         batch = mst_mrq.Batch(self[f"batch{k}/obs"], self[f"batch{k}/action"], reward, 1 - not_done, None)
-        self.agent.update_encoder(batch)
+        self.agent.updates.run("update_encoder", self.agent, FixedBatch(batch))
 
     def round(self, k: int) -> torch.Tensor:
         """One update of each module on batch k; returns the priorities."""
@@ -63,7 +64,9 @@ class Oracle:
         # the critic's windows have the oracle's 3-step return as their first reward, and no termination
         obs, action, n_step = self[f"batch{k}/obs"], self[f"batch{k}/action"], self[f"batch{k}/n_step_reward"]
         n_step = torch.cat([n_step, torch.zeros(len(obs), 4)], 1)
-        return self.agent.update_critic_and_actor(mst_mrq.Batch(obs, action, n_step, torch.zeros_like(n_step), None))
+        rb = FixedBatch(mst_mrq.Batch(obs, action, n_step, torch.zeros_like(n_step), None))
+        self.agent.updates.run("update_critic_and_actor", self.agent, rb)
+        return rb.priority
 
 
 @pytest.fixture(params=["122", "443", "665"])

@@ -22,6 +22,7 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     RUN,
+    FixedBatch,
     assert_one_error,
     assert_same_agent,
     assert_same_run,
@@ -146,6 +147,34 @@ def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script,
         assert "start the same command again" in ended.out.splitlines()[-1]
     assert life(script, cwd=tmp_path).code == 0
     assert_same_run(run_dir, reference)
+
+
+def test_an_overlapped_run_makes_the_same_91_updates_and_gives_the_same_bits_after_any_interruption(
+    script, reference, tmp_path
+):
+    update, folders = "Agent.update_critic_and_actor", [tmp_path / "whole", tmp_path / "interrupted"]
+    for folder in folders:
+        folder.mkdir()
+    whole, interrupted = folders
+    assert life(script, "--overlap", cwd=whole, at=(update, 92, signal.SIGKILL)).code == 0  # there is none
+    stops = [
+        ("Agent.update_encoder", 31, signal.SIGTERM, RESUME_ME),  # in a burst, with the next action chosen
+        ("ReplayBuffer.add", 3, signal.SIGUSR1, RESUME_ME),  # between its choice and its update
+        (update, 45, signal.SIGKILL, -signal.SIGKILL),
+        ("Agent.act", 150, signal.SIGTERM, RESUME_ME),  # in an evaluation
+    ]
+    for name, call, number, code in stops:
+        assert life(script, "--overlap", cwd=interrupted, at=(name, call, number)).code == code
+    assert life(script, "--overlap", cwd=interrupted).code == 0
+    run_dirs = [folder / str(RUN).format(script) for folder in folders]
+    assert_same_run(*run_dirs)
+    last_update = life(script, "--overlap", "--seed", "2", cwd=whole, at=(update, 91, signal.SIGKILL))
+    assert last_update.code == -signal.SIGKILL  # from step 40 to step 130
+    ours, plain = scalars(run_dirs[0]), scalars(reference)
+    assert ours.keys() == plain.keys()
+    first = ("losses/critic_loss", 40)  # of what the random actions led to
+    assert ours[first] == plain[first]
+    assert ours["losses/critic_loss", 130] != plain["losses/critic_loss", 130]
 
 
 def test_a_command_at_scale_1_exits_within_ten_seconds_of_sigterm(script, run_dir, tmp_path):
@@ -296,9 +325,13 @@ def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
         (["--encoder-lr", "1e20"], "losses/encoder_loss is nan"),
         (["--critic-lr", "1e20", "--critic-arch", "1"], "losses/actor_loss is nan"),  # a function of the critic
         (["--actor-lr", "1e20", "--actor-arch", "1"], "an action of the actor is not finite"),
-        (["--critic-lr", "1e30", "--actor-regime", "dst", "--topology-update-interval", "1"], "losses/actor_loss"),
+        (
+            ["--critic-lr", "1e30", "--actor-regime", "dst", "--topology-update-interval", "1"],
+            "the gradient of the actor is not finite",
+        ),
+        (["--encoder-lr", "1e20", "--overlap"], "losses/encoder_loss is nan"),  # known after the next environment step
     ],
-    ids=["encoder", "critic", "actor", "finite loss with a NaN gradient to rank"],
+    ids=["encoder", "critic", "actor", "finite loss with a NaN gradient to rank", "overlap"],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     script, run_dir, tmp_path, flags, culprit
@@ -358,8 +391,8 @@ def test_every_regime_trains_every_module(name, regime):
     for _ in range(updates):
         obs, action = torch.randn(32, 6, 5), torch.rand(32, 5, 2) * 2 - 1
         batch = mst_mrq.Batch(obs, action, torch.rand(32, 5), torch.zeros(32, 5), torch.arange(32))
-        agent.update_encoder(batch)
-        agent.update_critic_and_actor(batch)
+        agent.updates.run("update_encoder", agent, FixedBatch(batch))
+        agent.updates.run("update_critic_and_actor", agent, FixedBatch(batch))
         sparsities.append(sparsifier.sparsity())
         for key, mask in sparsifier.masks.items():
             moments = agent.optimizer[name].state[sparsifier.weights[key]]

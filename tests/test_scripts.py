@@ -25,6 +25,20 @@ def test_a_run_killed_and_stopped_by_a_signal_gives_the_same_bits(script, refere
     assert scalars(run_dir)["sparsity/critic_topology_updates", 130] >= 4  # every 20 of at least 91 updates
 
 
+def test_an_overlapped_run_gives_the_same_bits_after_a_stop_within_an_update(script, reference, tmp_path):
+    update, folders = "Agent.update_critic_and_actor", [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        folder.mkdir()
+    assert life(script, "--overlap", cwd=folders[0]).code == 0
+    assert life(script, "--overlap", cwd=folders[1], at=(update, 42, signal.SIGTERM)).code == 75
+    assert life(script, "--overlap", cwd=folders[1]).code == 0
+    run_dirs = [folder / str(RUN).format(script) for folder in folders]
+    assert_same_run(*run_dirs)
+    ours, plain = scalars(run_dirs[0]), scalars(reference)
+    assert ours["sparsity/critic_topology_updates", 130] == plain["sparsity/critic_topology_updates", 130]
+    assert ours["losses/critic_loss", 130] != plain["losses/critic_loss", 130]
+
+
 def test_diagnostics_never_move_the_training(script, reference, tmp_path):
     assert life(script, "--no-diagnostics", cwd=tmp_path).code == 0
     ours, whole = scalars(tmp_path / str(RUN).format(script)), scalars(reference)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FixedBatch
 
 import mst_ddpg
 import mst_sac
@@ -92,7 +93,8 @@ class Oracle:
             "actor_action": new_action.abs().mean(), "q1_mean": q[:, 0].mean(), "q2_mean": q[:, -1].mean(),
         }  # fmt: skip
         columns = (self.raw(torch.stack([obs, batch["next_obs"]], 1)), action[:, None], reward[:, None])
-        agent.update_critic_and_actor(SCRIPTS[self.algorithm].Batch(*columns, batch["terminated"][:, None], None))
+        rb = FixedBatch(SCRIPTS[self.algorithm].Batch(*columns, batch["terminated"][:, None], None))
+        agent.updates.run("update_critic_and_actor", agent, rb)
         for ours, theirs in {
             "losses/critic_loss": "critic_loss", "losses/actor_loss": "actor_loss", "losses/q_values": "q_mean",
             "losses/entropy": "entropy", "losses/temperature": "temperature",
