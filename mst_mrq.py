@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -439,7 +440,8 @@ class ReplayBuffer:
         step = torch.arange(self.horizon, device=self.device)
         alive = (1 - self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
         offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1).long() - 1  # 0, 1, ... until the terminal observation
-        slots = self.slots[(index[:, None] + offset) % self.capacity]  # (batch, horizon + 1, obs_dim + action_dim + 3)
+        slot = (index[:, None] + offset) % self.capacity  # (batch, horizon + 1)
+        slots = self.slots.index_select(0, slot.flatten()).view(*slot.shape, -1)
         obs, action, rest = slots.split([self.obs.shape[1], self.action.shape[1], 3], 2)
         return Batch(obs, action[:, :-1], rest[:, :-1, 0], rest[:, :-1, 1], index)
 
@@ -1062,7 +1064,7 @@ def validate(args: Args) -> None:
         "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
         "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
     )  # fmt: skip
-    not_negative = ("seed", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
+    not_negative = ("seed", "eval_workers", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
     ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
     ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
     ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
@@ -1079,6 +1081,8 @@ def validate(args: Args) -> None:
         fail("--q-horizon is larger than --encoder-horizon: windows of the replay buffer have encoder_horizon steps", 2)
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda was given but torch sees no GPU: install a CUDA build of torch, or train with --no-cuda", 2)
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler: install g++, or name another in CXX", 2)
     if args.track:
         try:
             import wandb  # noqa: F401
