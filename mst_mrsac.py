@@ -1147,7 +1147,7 @@ def step_environments(pipe, inherited: list, make: Callable[[int], gym.Env], ind
     for trainers_end in inherited:
         trainers_end.close()
     envs = {i: make(i) for i in indices}
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):
         while True:
             method, arguments = pipe.recv()
             pipe.send({i: getattr(envs[i], method)(**keywords) for i, keywords in arguments.items()})
@@ -1581,7 +1581,7 @@ def train(args: Args) -> int:
                 if progress.agent_step < args.learning_starts:
                     progress.phase = "evaluate"
                 else:
-                    if args.overlap and action is None:
+                    if args.overlap and action is None and progress.agent_step < args.total_timesteps:
                         action = agent.explore(obs, False, exploration)
                     if agent.train_step(rb, stopped):
                         if not args.overlap:

@@ -87,10 +87,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each, `rounds` times in turns after one turn to warm up."""
+    """Milliseconds of each, `rounds` times in turns, forth and back, after one turn to warm up."""
     times = {way: [] for way in ways}
     for i in range(rounds + 1):
-        for way, function in ways.items():
+        for way, function in list(ways.items())[:: 1 if i % 2 else -1]:
             synchronize(device)
             start = time.perf_counter()
             function()
@@ -223,7 +223,9 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
         alone = products.alone()
         flops, sparse = sum(products.flops()), sparse_flops(agent, name, products)
         products.calls.clear()
-        ways = {"eager": run, "without masks": partial(run, masked=False)}
+        ways = {"eager": run}
+        if any(masks.values()):
+            ways |= {"without masks": partial(run, masked=False)}
         if compiled:
             ways |= {"torch.compile": partial(run, compiled_losses)}
         if device.type == "cuda":
@@ -239,6 +241,8 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
             add(f"{label} update: {way}", values, "ms")
             total[way] = [a + b for a, b in zip(total[way], values, strict=True)] if way in total else values
         trained = ["encoder"] if name == "update_encoder" else ["critic", "actor"]
+        if any(masks[module] for module in trained):
+            ratio(f"{label} update: eager / without masks", times["eager"], times["without masks"])
         parameters = sum(p.numel() for module in trained for p in getattr(agent, module).parameters())
         add(f"{label} update: optimizer traffic", [7 * parameters * ns_per_number / 1e6], "ms")
         add(f"{label} update: operations of the matrix products", [flops / 1e9], "GFLOP")
@@ -248,21 +252,31 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
 
     for way in [way for way in total if way not in ("matrix products", "without masks")]:
         ratio(f"all updates: {way} / matrix products", total[way], total["matrix products"])
-    ratio("all updates: eager / without masks", total["eager"], total["without masks"])
     for way in [way for way in total if "CUDA" in way]:
         ratio(f"all updates: eager / {way}", total["eager"], total[way])
 
     sparsifier = agent.sparsifier["critic"]
     topology = in_turns({"": sparsifier._update_topology}, 2, device)[""]
     add("topology update of the critic, every 1,000 updates", topology, "ms")
-    if device.type == "cuda":
-        held = [*rb.tensors().values(), *(mask for m in masks.values() for mask in m.values())]
-        for x in vars(agent).values():
-            held += list(x.parameters()) if isinstance(x, torch.nn.Module) else []
-        held += [p.grad for o in agent.optimizer.values() for g in o.param_groups for p in g["params"]]
-        held += [x for o in agent.optimizer.values() for s in o.state.values() for x in s.values()]
-        add("all that has to be held", [sum(x.numel() * x.element_size() for x in held) / 2**30], "GiB")
-        add("peak memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB")
+
+
+def memory(table: Table, script: str, scale: float, device: torch.device) -> None:
+    """Peak of the GPU's tensors over some updates as the script runs them, beside what has to be held."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    agent, rb = make(script, scale, device)
+    for _ in range(3):
+        for name in update_names(agent):
+            agent.updates.run(name, agent, rb)
+    held = [*rb.tensors().values(), *(mask for s in agent.sparsifier.values() for mask in s.masks.values())]
+    for x in vars(agent).values():
+        held += list(x.parameters()) if isinstance(x, torch.nn.Module) else []
+    held += [p.grad for o in agent.optimizer.values() for group in o.param_groups for p in group["params"]]
+    held += [x for o in agent.optimizer.values() for state in o.state.values() for x in state.values()]
+    held_gib = sum(x.numel() * x.element_size() for x in held) / 2**30
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    table.add(script, scale, "updates", "parameters, targets, gradients, moments, masks, buffer", [held_gib], "GiB")
+    table.add(script, scale, "updates", "peak memory / that", [peak_gib / held_gib], "x")
 
 
 def sampling(table: Table, script: str, device: torch.device, rounds: int) -> None:
@@ -326,25 +340,30 @@ def step(table: Table, script: str, device: torch.device, rounds: int) -> None:
 
 
 def training(table: Table, script: str, scale: float, device: torch.device, steps: int, flags: list[str]) -> None:
-    """Whole runs of dog-run with the script's defaults, timed from the first update on."""
+    """A whole run on dog-run, timed between two evaluations of one episode each, one of which is in the time."""
     start = 1000
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{script}.py"), "--env", "dog-run", "--scale", f"{scale:g}", *flags]
         command += ["--learning-starts", f"{start}", "--total-timesteps", f"{start + 2 * steps}", "--runs-dir", folder]
         command += ["--eval-interval", f"{steps}", "--eval-episodes", "1", "--no-diagnostics"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command += ["--target-network-frequency", "50"] if "mr" in script else []  # bursts of encoder updates fit in
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(command)} failed")
         with open(next(Path(folder).glob("*/eval.csv")), newline="") as file:
             wall = {int(row["agent_step"]): float(row["wall_seconds"]) for row in csv.DictReader(file)}
         last = start + 2 * steps
         what = " ".join(["training", *flags])
         table.add(script, scale, "training", what, [steps / (wall[last] - wall[last - steps])], "steps/s")
+        table.add(script, scale, "training", "peak resident memory", [usage.ru_maxrss / 2**20], "GiB")
 
 
 def processes(table: Table, device: torch.device, seconds: float) -> None:
     """Each process runs MR.Q's updates at scale 1 for a while; their rates are summed."""
     alone = 0.0
     for n in (1, 2, 4, 8):
-        command = [sys.executable, __file__, "--loop", f"{seconds}"]
+        command = [sys.executable, __file__, "--loop", f"{seconds}"] + ["--no-cuda"] * (device.type == "cpu")
         environ = os.environ | ({} if device.type == "cuda" else {"OMP_NUM_THREADS": "1"})
         children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) for _ in range(n)]
         rates = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
@@ -369,11 +388,11 @@ def loop(device: torch.device, seconds: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", help="file to write")
+    parser.add_argument("--csv", help="file to write, or to add to if only one thing is measured")
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
     parser.add_argument("--scales", nargs="+", type=float, default=[1, 3, 5])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--rounds", type=int, help="repetitions (default: 20 at scale 1, fewer above)")
+    parser.add_argument("--rounds", type=int, help="repetitions (default: 40 at scale 1, 4 at scale 3 and 5)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-cuda", action="store_true", help="measure the CPU of a machine with a GPU")
     parser.add_argument("--loop", type=float, help=argparse.SUPPRESS)
@@ -382,20 +401,39 @@ if __name__ == "__main__":
     if flags.loop:
         loop(device, flags.loop)
         sys.exit()
+    jobs = [(part, script, scale) for script in flags.scripts for part in flags.parts for scale in flags.scales]
+    jobs = [
+        job for job in jobs if job[0] == "updates" or job[2] == 1 and (job[0] != "processes" or job[1] == "mst_mrq")
+    ]
+    if len(jobs) > 1:  # each in a process of its own, whose memory is its own
+        if flags.csv:
+            Path(flags.csv).unlink(missing_ok=True)
+        for part, script, scale in jobs:
+            same = ["--no-compile"] * flags.no_compile + ["--no-cuda"] * flags.no_cuda
+            same += ["--csv", flags.csv] if flags.csv else []
+            same += ["--rounds", str(flags.rounds)] if flags.rounds else []
+            command = [sys.executable, __file__, "--parts", part, "--scripts", script, "--scales", f"{scale:g}", *same]
+            if code := subprocess.run(command, check=False).returncode:
+                print(f"{script} {scale:g} {part}: exit code {code}", file=sys.stderr)
+        sys.exit()
     table = Table(device)
-    for script in flags.scripts:
-        for scale in flags.scales:
-            rounds = flags.rounds or max(3, round(20 / scale**2))
-            if "updates" in flags.parts:
-                updates(table, script, scale, rounds, device, not flags.no_compile)
-            if "training" in flags.parts and scale == 1:
-                training(table, script, scale, device, 100, [])
-        if "sampling" in flags.parts:
+    for part, script, scale in jobs:
+        rounds = flags.rounds or max(4, round(40 / scale**2))
+        if part == "updates":
+            if device.type == "cuda":
+                memory(table, script, scale, device)
+            updates(table, script, scale, rounds, device, not flags.no_compile)
+        elif part == "sampling":
             sampling(table, script, device, flags.rounds or 20)
-        if "step" in flags.parts:
+        elif part == "step":
             step(table, script, device, flags.rounds or 20)
-    if "processes" in flags.parts:
-        processes(table, device, 10)
+        elif part == "training":
+            on_gpu = [["--no-overlap"], ["--no-cuda-graphs"], ["--compile"], ["--bf16"]]
+            for extra in [[], *(on_gpu if device.type == "cuda" else [])]:
+                training(table, script, scale, device, 1000 if device.type == "cuda" else 100, extra)
+        elif part == "processes":
+            processes(table, device, 10)
     if flags.csv:
-        with open(flags.csv, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS.split(","), *table.rows])
+        new = not Path(flags.csv).exists()
+        with open(flags.csv, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS.split(",")] * new + table.rows)

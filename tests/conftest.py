@@ -166,6 +166,7 @@ def main(script, monkeypatch, tmp_path, capsys):
         return Ended(code, *capsys.readouterr())
 
     yield call
+    torch.set_flush_denormal(False)  # main() turned it on for the whole process
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

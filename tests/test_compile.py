@@ -1,4 +1,4 @@
-"""Losses under torch.compile: what they trace to is one graph each, which trains as the eager losses do."""
+"""Losses under torch.compile and in bfloat16."""
 
 import importlib
 import shutil
@@ -48,3 +48,19 @@ def test_compiled_losses_train_as_eager_ones_do(monkeypatch, script, backend, to
             for key, value in getattr(eager, name).state_dict().items():
                 ours = getattr(compiled, name).state_dict()[key]
                 torch.testing.assert_close(ours, value, **tolerance, msg=f"{k} {name} {key}")
+
+
+@pytest.mark.parametrize("script", ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"])
+def test_losses_in_bfloat16_are_near_those_in_float32_and_come_out_in_float32(script):
+    module, cpu = importlib.import_module(script), torch.device("cpu")
+    exact, rb = make(module, cpu, graphs=False)
+    rounded, _ = make(module, cpu, graphs=False, bf16=True)
+    rb_of_one = FixedBatch(rb.sample(16, cpu))
+    for agent in (exact, rounded):
+        for name in ["update_encoder"] * ("encoder" in module.MODULES) + ["update_critic_and_actor"]:
+            agent.updates.run(name, agent, rb_of_one)
+    assert {value.dtype for value in rounded.metrics.values()} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 for name in module.MODULES for p in getattr(rounded, name).parameters())
+    for name in [f"losses/{name}_loss" for name in module.MODULES]:
+        torch.testing.assert_close(rounded.metrics[name], exact.metrics[name], rtol=0.03, atol=0.003)  # 8 bits
+        assert rounded.metrics[name] != exact.metrics[name]

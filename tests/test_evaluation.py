@@ -70,7 +70,7 @@ def test_a_worker_that_dies_ends_the_evaluation(signalled):
     else:
         with pytest.raises(mst_mrq.WorkerDied, match="--eval-workers 0"):
             mst_mrq.evaluate(agent, envs, [1, 2, 3], stopped)
-    assert None not in close(envs, workers)
+    assert close(envs, workers) == [0, -signal.SIGKILL]
 
 
 # Whole runs ---------------------------------------------------------------------------------------------------------
@@ -94,10 +94,14 @@ def wait_for(condition) -> None:
 def stopped_within_an_evaluation(script: str, cwd: Path):
     """A run that waits for SIGCONT in its second evaluation, and the pids of its workers."""
     child = start(script, *WORKERS, cwd=cwd, at=("Agent.act", 120, signal.SIGSTOP))
-    wait_for(lambda: state(child.pid) == "T")
-    stats = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
-    workers = [int(head.split()[0]) for head, _, tail in stats if int(tail.split()[1]) == child.pid]
-    assert len(workers) == 2
+    try:
+        wait_for(lambda: state(child.pid) == "T")
+        stats = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
+        workers = [int(head.split()[0]) for head, _, tail in stats if int(tail.split()[1]) == child.pid]
+        assert len(workers) == 2
+    except BaseException:
+        child.kill()  # pytest would wait for it
+        raise
     return child, workers
 
 

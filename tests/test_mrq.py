@@ -209,12 +209,15 @@ def test_a_loaded_buffer_draws_as_the_saved_one():
     loaded = ReplayBuffer(300, 1, 1, 5, seed=1)
     loaded.load_state_dict(rb.state_dict())
     for _ in range(5):
+        for buffer in (rb, loaded):  # whose new starts get the largest priority
+            for terminated in (False, True):
+                buffer.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminated)
+            buffer.start_episode(np.zeros(1, np.float32))
         index = rb.sample_index(100)
         assert loaded.sample_index(100).tolist() == index.tolist()
         priority = torch.from_numpy(random.exponential(3, 100)).float()
         for buffer in (rb, loaded):
             buffer.update_priority(index, priority)
-            buffer.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
 
 
 def test_the_reward_scale_is_the_mean_absolute_reward_of_transitions():
