@@ -81,7 +81,7 @@ class Args:
     eval_only: str | None = None
     """play the agent of this run directory or `agent.pt` for `eval_episodes` episodes, print the returns, then stop"""
 
-    # Speed: none of these changes the algorithm, see docs/performance.md
+    # Speed (docs/performance.md)
     cuda_graphs: bool = True
     """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
     compile: bool = False
