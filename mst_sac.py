@@ -83,7 +83,7 @@ class Args:
     cuda_graphs: bool = True
     """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
     compile: bool = False
-    """fuse the losses with `torch.compile`: a minute at the start, less time for every update"""
+    """fuse the losses with `torch.compile`, a minute or two at the start; docs/performance.md says where it pays"""
     matmul_precision: Literal["highest", "high"] = "high"
     """float32 matrix products on a GPU: in float32 (highest) or TF32 (high)"""
     bf16: bool = False
@@ -1146,9 +1146,8 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if config_path.exists():
             previous = json.loads(config_path.read_text())["args"]
             names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
-            names = [
-                name for name in names if name not in ("runs_dir", "eval_workers", "cuda_graphs")
-            ]  # change nothing
+            free = ("runs_dir", "eval_workers", "cuda_graphs")  # where a run lies, and how fast it goes
+            names = [name for name in names if name not in free]
             if names:
                 differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
                 fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
