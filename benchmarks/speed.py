@@ -6,8 +6,9 @@
 Runs the four scripts' own code with MST's regimes at the sizes of dog-run, on the GPU if there is one. What is to be
 compared is timed in turns within one process; figures are medians. Parts:
 
-    updates     each update: eager, with torch.compile, as CUDA graphs (on a GPU); the floors beside them; what masking
-                costs; theoretical FLOPs of the matrix products, dense and of the active weights alone
+    updates     each update: eager, with torch.compile, as CUDA graphs (on a GPU); the floors beside them; theoretical
+                FLOPs of the matrix products, dense and of the active weights alone
+    masks       the update of critic and actor with and without masks
     sampling    drawing batches and setting priorities with a full replay buffer of a million steps
     step        choosing an action, stepping the environment, storing the step, an evaluation of 10 episodes
     training    whole runs of the script: agent steps per second and peak memory
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from env_overhead import machine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCRIPTS = ("mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg")
-PARTS = ("updates", "sampling", "step", "training", "processes")
+PARTS = ("updates", "masks", "sampling", "step", "training", "processes")
 OBS_DIM, ACTION_DIM = 223, 38  # dog-run
 COLUMNS = "script,scale,part,what,median,min,max,unit,n,device,threads,date,machine,torch"
 
@@ -185,14 +186,16 @@ def copy_time(device: torch.device) -> float:
     return 1e6 * statistics.median(times) / (2 * source.numel())
 
 
-def exhaust(update: Callable) -> Callable[[], None]:
-    """The update without topology updates."""
+def exhaust(update: Iterator[str]) -> None:
+    """Run an update without topology updates."""
+    for _ in update:
+        pass
 
-    def run() -> None:
-        for _ in update():
-            pass
 
-    return run
+def replay(agent, name: str, rb) -> Callable[[], None]:
+    """The agent's update as CUDA graphs."""
+    graphed_update = agent.updates.capture(name, agent, rb)
+    return lambda: exhaust(graphed_update())
 
 
 def updates(table: Table, script: str, scale: float, rounds: int, device: torch.device, compiled: bool) -> None:
@@ -205,18 +208,14 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
         agent.updates.run(name, agent, rb)  # makes the optimizers' states
     eager_losses = {x: getattr(agent, x) for x in ("encoder_loss", "critic_loss", "actor_loss") if hasattr(agent, x)}
     compiled_losses = {x: torch.compile(loss, dynamic=False) for x, loss in eager_losses.items()} if compiled else {}
-    masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifier.items()}
     total = {}
 
     for name in update_names(agent):
         label = name.removeprefix("update_").replace("_", " ")
 
-        def run(losses=eager_losses, masked=True, name=name) -> None:
+        def run(losses=eager_losses, name=name) -> None:
             vars(agent).update(losses)
-            for module, sparsifier in agent.sparsifier.items():
-                sparsifier.masks = masks[module] if masked else {}
-            for _ in getattr(agent, name)(rb):  # no topology updates
-                pass
+            exhaust(getattr(agent, name)(rb))
 
         with MatrixProducts() as products:
             run()
@@ -224,25 +223,21 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
         flops, sparse = sum(products.flops()), sparse_flops(agent, name, products)
         products.calls.clear()
         ways = {"eager": run}
-        if any(masks.values()):
-            ways |= {"without masks": partial(run, masked=False)}
         if compiled:
             ways |= {"torch.compile": partial(run, compiled_losses)}
         if device.type == "cuda":
             vars(agent).update(eager_losses)
-            ways |= {"CUDA graphs": exhaust(agent.updates.capture(name, agent, rb))}
+            ways |= {"CUDA graphs": replay(agent, name, rb)}
             if compiled:
                 vars(agent).update(compiled_losses)
-                ways |= {"CUDA graphs and torch.compile": exhaust(agent.updates.capture(name, agent, rb))}
+                ways |= {"CUDA graphs and torch.compile": replay(agent, name, rb)}
             alone = graphed(alone)
         times = in_turns({**ways, "matrix products": alone}, rounds, device)
-        run()  # leaves losses and masks as they were
+        run()  # leaves the eager losses
         for way, values in times.items():
             add(f"{label} update: {way}", values, "ms")
             total[way] = [a + b for a, b in zip(total[way], values, strict=True)] if way in total else values
         trained = ["encoder"] if name == "update_encoder" else ["critic", "actor"]
-        if any(masks[module] for module in trained):
-            ratio(f"{label} update: eager / without masks", times["eager"], times["without masks"])
         parameters = sum(p.numel() for module in trained for p in getattr(agent, module).parameters())
         add(f"{label} update: optimizer traffic", [7 * parameters * ns_per_number / 1e6], "ms")
         add(f"{label} update: operations of the matrix products", [flops / 1e9], "GFLOP")
@@ -250,7 +245,7 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
         rate = [flops / 1e9 / milliseconds for milliseconds in times["matrix products"]]
         add(f"{label} update: rate of the matrix products", rate, "TFLOP/s")
 
-    for way in [way for way in total if way not in ("matrix products", "without masks")]:
+    for way in [way for way in total if way != "matrix products"]:
         ratio(f"all updates: {way} / matrix products", total[way], total["matrix products"])
     for way in [way for way in total if "CUDA" in way]:
         ratio(f"all updates: eager / {way}", total["eager"], total[way])
@@ -258,6 +253,30 @@ def updates(table: Table, script: str, scale: float, rounds: int, device: torch.
     sparsifier = agent.sparsifier["critic"]
     topology = in_turns({"": sparsifier._update_topology}, 2, device)[""]
     add("topology update of the critic, every 1,000 updates", topology, "ms")
+
+
+def masks(table: Table, script: str, scale: float, rounds: int, device: torch.device) -> None:
+    """What masks add to the update of critic and actor, in a process that holds nothing else."""
+    agent, rb = make(script, scale, device)
+    agent.updates.off = "eager here"
+    for name in update_names(agent):
+        agent.updates.run(name, agent, rb)
+    there, ways, update = {name: s.masks for name, s in agent.sparsifier.items()}, {}, "update_critic_and_actor"
+    for way in ("with masks", "without masks"):
+
+        def choose(way=way) -> None:
+            for module, sparsifier in agent.sparsifier.items():
+                sparsifier.masks = there[module] if way == "with masks" else {}
+
+        if device.type == "cuda":
+            choose()
+            ways[way] = replay(agent, update, rb)
+        else:
+            ways[way] = lambda choose=choose: [choose(), exhaust(getattr(agent, update)(rb))]
+    times = in_turns(ways, rounds, device)
+    for way, values in times.items():
+        table.add(script, scale, "masks", f"critic and actor update, {way}", values, "ms")
+    table.ratio(script, scale, "masks", "critic and actor update, with masks / without", *times.values())
 
 
 def memory(table: Table, script: str, scale: float, device: torch.device) -> None:
@@ -403,7 +422,9 @@ if __name__ == "__main__":
         sys.exit()
     jobs = [(part, script, scale) for script in flags.scripts for part in flags.parts for scale in flags.scales]
     jobs = [
-        job for job in jobs if job[0] == "updates" or job[2] == 1 and (job[0] != "processes" or job[1] == "mst_mrq")
+        job
+        for job in jobs
+        if job[0] in ("updates", "masks") or job[2] == 1 and (job[0] != "processes" or job[1] == "mst_mrq")
     ]
     if len(jobs) > 1:  # each in a process of its own, whose memory is its own
         if flags.csv:
@@ -423,6 +444,8 @@ if __name__ == "__main__":
             if device.type == "cuda":
                 memory(table, script, scale, device)
             updates(table, script, scale, rounds, device, not flags.no_compile)
+        elif part == "masks":
+            masks(table, script, scale, max(rounds, 10), device)
         elif part == "sampling":
             sampling(table, script, device, flags.rounds or 20)
         elif part == "step":

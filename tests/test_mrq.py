@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedBatch
 
+import mst_mrq
 from mst_mrq import (
     Actor,
     Agent,
@@ -318,3 +319,13 @@ def test_diagnostics_read_the_features_of_each_module():
         k: v for k, v in metrics.items() if "critic" not in k
     }
     assert 1 <= metrics["plasticity/encoder_srank"] <= 15  # zsa has round(0.03 * 512) = 15 dimensions
+
+
+def test_set_up_flushes_denormal_numbers_to_zero():
+    denormal = torch.full((64,), 2e-40)
+    assert (denormal * 0.5 > 0).all()
+    try:
+        assert mst_mrq.set_up(Args(cuda=False)) == torch.device("cpu")
+        assert (denormal * 0.5 == 0).all()
+    finally:
+        torch.set_flush_denormal(False)

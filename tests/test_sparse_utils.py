@@ -526,6 +526,16 @@ def test_a_parameter_without_a_gradient_is_skipped():
     assert not torch.equal(sparsifier.masks["3.weight"], before["3.weight"])
 
 
+@pytest.mark.parametrize("shape", [(700, 1000), (3, 300_000), (1, 2**18)])  # several parts of 2^18 numbers, or one
+def test_a_large_gradient_is_masked_to_its_last_row(shape):
+    net = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    _, _, sparsifier = sparse_run("sst", net=net, distribution="uniform")
+    gradient = torch.randn(shape, generator=generator())
+    net[0].weight.grad = gradient.clone()
+    sparsifier.mask_gradients()
+    assert torch.equal(net[0].weight.grad, torch.where(sparsifier.masks["0.weight"], gradient, 0.0))
+
+
 def test_a_nan_gradient_outside_the_mask_stays_visible():
     net, _, sparsifier = sparse_run("sst")
     net[3].weight.grad = torch.full((16, 16), math.inf)
