@@ -702,6 +702,7 @@ def module_scale(args: Args, module: str, kind: str) -> float:
 
 
 MODULES = ("critic", "actor")
+ACTING = ("actor", "normalizer")  # what Agent.act depends on
 
 
 # ALGO LOGIC: one update of each module
@@ -1046,13 +1047,15 @@ class EvaluationEnvs:
             context.Process(target=step_environments, args=(there, self.pipes, make, group), daemon=True).start()
             there.close()
 
-    def call(self, method: str, arguments: dict[int, dict]) -> dict:
-        """Call a method of the environments that have keyword arguments here; returns by environment."""
-        if not self.pipes:
-            return {i: getattr(self.envs[i], method)(**keywords) for i, keywords in arguments.items()}
+    def call(self, method: str, arguments: dict[int, dict]) -> None:
+        """Call a method of the environments that have keyword arguments here. `results()` has to follow."""
+        self.here = {i: getattr(env, method)(**arguments[i]) for i, env in self.envs.items() if i in arguments}
         for pipe, group in zip(self.pipes, self.groups, strict=True):
             pipe.send((method, {i: arguments[i] for i in group if i in arguments}))
-        return {i: value for pipe in self.pipes for i, value in pipe.recv().items()}
+
+    def results(self) -> dict:
+        """What the last call returned, by environment. Waits for the workers."""
+        return self.here | {i: value for pipe in self.pipes for i, value in pipe.recv().items()}
 
 
 class WorkerDied(Exception):
@@ -1060,33 +1063,52 @@ class WorkerDied(Exception):
 
 
 def evaluate(
-    agent: Agent, envs: EvaluationEnvs, seeds: list[int], stopped: Callable[[], bool], frames: list | None = None
-) -> np.ndarray | None:
-    """Returns of one episode per environment, played side by side without noise; None if stopped on the way.
-
-    The pictures of the first episode are appended to `frames`, if given.
+    agent: Agent, envs: EvaluationEnvs, seeds: list[int], frames: list | None = None
+) -> Iterator[np.ndarray | None]:
+    """Play one episode per environment, side by side and without noise. Yields None while they step, at last the
+    returns, (count,). The pictures of the first episode are appended to `frames`, if given.
     """
     try:
-        resets = envs.call("reset", {i: {"seed": seed} for i, seed in enumerate(seeds)})
+        envs.call("reset", {i: {"seed": seed} for i, seed in enumerate(seeds)})
+        yield None
+        resets = envs.results()
         obs = np.stack([resets[i][0] for i in range(envs.count)])
         returns, running = np.zeros(envs.count), np.ones(envs.count, bool)
         while running.any():
-            if stopped():
-                return None
             if frames is not None and running[0]:
                 frames.append(envs.envs[0].render())
             actions = agent.act(obs)
-            steps = envs.call("step", {i: {"action": actions[i]} for i in np.flatnonzero(running)})
-            for i, (next_obs, reward, terminated, truncated, _) in steps.items():
+            envs.call("step", {i: {"action": actions[i]} for i in np.flatnonzero(running)})
+            yield None
+            for i, (next_obs, reward, terminated, truncated, _) in envs.results().items():
                 obs[i] = next_obs
                 returns[i] += reward
                 running[i] = not (terminated or truncated)
-        return returns
+        yield returns
     except (EOFError, ConnectionError) as error:
-        time.sleep(1)  # what ended a worker may be a signal to all processes of the job, and reach this one too
-        if stopped():
-            return None
         raise WorkerDied("a worker process of the evaluation died; --eval-workers 0 does without them") from error
+
+
+class Evaluation:
+    """An evaluation of the agent as it was at `agent_step`, a step per `next(evaluation.steps)` of `evaluate`.
+
+    Where there are worker processes, training goes on meanwhile. A resumed run starts it anew, with the same returns.
+    """
+
+    def __init__(
+        self, agent: Agent, envs: EvaluationEnvs, agent_step: int, wall_seconds: float, scalars: dict[str, float]
+    ):
+        self.agent_step, self.wall_seconds, self.scalars = agent_step, wall_seconds, scalars
+        self.agent = copy.copy(agent)
+        for name in ACTING:
+            setattr(self.agent, name, copy.deepcopy(getattr(agent, name)))
+        self.frames = [] if agent.args.capture_video else None
+        seeds = [episode_seed(agent.args.seed, 1, agent_step, i) for i in range(envs.count)]
+        self.steps = evaluate(self.agent, envs, seeds, self.frames)
+
+    def state_dict(self) -> dict:
+        values = {name: getattr(self, name) for name in ("agent_step", "wall_seconds", "scalars")}
+        return {**values, "modules": {name: getattr(self.agent, name).state_dict() for name in ACTING}}
 
 
 # Checkpoints and run directory
@@ -1264,7 +1286,7 @@ def print_speed(args: Args, agent: Agent, eval_envs: EvaluationEnvs) -> None:
     """Say which path the updates, the matrix products and the evaluation take, and why."""
     graphs = f"off: {agent.updates.off}" if agent.updates.off else "on, once one was compared with an eager update"
     products = "bfloat16" if args.bf16 else "TF32" if args.cuda and args.matmul_precision == "high" else "float32"
-    workers = f"{len(eval_envs.pipes)} worker processes" if eval_envs.pipes else "this process"
+    workers = f"{len(eval_envs.pipes)} worker processes, beside the training" if eval_envs.pipes else "this process"
     print(f"CUDA graphs {graphs}; torch.compile {'on' if args.compile else 'off'}; matrix products in {products}")
     print(f"actions chosen {'before' if args.overlap else 'after'} the update; evaluation in {workers}", flush=True)
 
@@ -1278,10 +1300,10 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class Progress:
-    """Where a run is. An agent step has three phases, and a checkpoint can be taken between and within them."""
+    """Where a run is. An agent step has up to four phases, and a checkpoint can be taken between and within them."""
 
     agent_step: int = 0
-    phase: Literal["act", "train", "evaluate"] = "evaluate"
+    phase: Literal["act", "train", "evaluate", "wait"] = "evaluate"  # wait: for the evaluation to end
     episode: int = 0
     episode_return: float = 0.0
     wall_seconds: float = 0.0
@@ -1323,11 +1345,17 @@ def train(args: Args) -> int:
     exploration = torch.Generator().manual_seed(args.seed)
     actions: list[torch.Tensor] = []  # of the running episode: with its seed, they restore the environment
     action: torch.Tensor | None = None  # the next one, where it is chosen before an update
+    evaluation: Evaluation | None = None  # the one under way
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         rb.load_state_dict(checkpoint["replay_buffer"])
         exploration.set_state(checkpoint["exploration"])
         actions, action = list(checkpoint["actions"]), checkpoint["action"]
+        if saved := checkpoint["evaluation"]:
+            modules = saved.pop("modules")
+            evaluation = Evaluation(agent, eval_envs, **saved)
+            for name in ACTING:
+                getattr(evaluation.agent, name).load_state_dict(modules[name])
         print(f"resuming {run_dir} at agent step {progress.agent_step:,}")
     obs = replay_episode(env, episode_seed(args.seed, 0, progress.episode), [action.numpy() for action in actions])
     if not checkpoint:
@@ -1352,7 +1380,7 @@ def train(args: Args) -> int:
         writer.add_custom_scalars(tensorboard_layout())
     del checkpoint  # its replay buffer may be large
     start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
-    last_time, last_step = start_time, start_step  # of the last evaluation
+    last_seconds, last_step = earlier_seconds, start_step  # at the last evaluation
     bar = tqdm(
         total=args.total_timesteps, initial=start_step, unit="step", miniters=0, mininterval=0.5,
         disable=not sys.stderr.isatty(),
@@ -1363,12 +1391,15 @@ def train(args: Args) -> int:
         bar.update(0)
         return stop.is_set()
 
+    def wall_seconds() -> float:
+        return earlier_seconds + time.time() - start_time
+
     def save_checkpoint(finished: bool = False) -> None:
         for name in MODULES:
             if not all(parameter.isfinite().all() for parameter in getattr(agent, name).parameters()):
                 raise FloatingPointError(f"a weight of the {name} is not finite")
         writer.flush()
-        progress.wall_seconds = earlier_seconds + time.time() - start_time
+        progress.wall_seconds = wall_seconds()
         files = {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()}
         state = {"finished": finished, "progress": asdict(progress), "files": files}
         if finished:  # it needs no more, and hundreds of replay buffers would fill a disk
@@ -1380,42 +1411,64 @@ def train(args: Args) -> int:
                 "exploration": exploration.get_state(),
                 "actions": torch.stack(actions) if actions else torch.zeros(0, action_dim),
                 "action": action,
+                "evaluation": evaluation.state_dict() if evaluation else None,
             }
         save(run_dir / "checkpoint.pt", state)
 
-    def log_evaluation(returns: np.ndarray, frames: list | None) -> None:
-        """One line to `eval.csv` (durable at once), TensorBoard and the log."""
-        nonlocal last_time, last_step
-        mean, std, step = returns.mean(), returns.std(), progress.agent_step
-        seconds = time.time() - start_time
-        path = run_dir / "eval.csv"
-        columns = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
-        with open(path, "a") as file:
-            if file.tell() == 0:
-                print(columns, file=file)
-            row = (step, step * action_repeat, mean, std, len(returns), round(earlier_seconds + seconds, 1))
-            print(*row, sep=",", file=file)
-            file.flush()
-            os.fsync(file.fileno())
-        scalars = {
-            "eval/episode_return_mean": mean,
-            "eval/episode_return_std": std,
-            "charts/peak_memory_gib": peak_memory(device) / 2**30,
-        }
+    def begin_evaluation() -> Evaluation:
+        """Measure the agent as it is now; its episodes are played step by step from here on."""
+        scalars = {"charts/peak_memory_gib": peak_memory(device) / 2**30}
         for name, sparsifier in agent.sparsifier.items():
             scalars[f"sparsity/{name}_sparsity"] = sparsifier.sparsity()
             scalars[f"sparsity/{name}_topology_updates"] = sparsifier.topology_updates
             scalars[f"sparsity/{name}_replaced"] = sparsifier.replaced
         if args.diagnostics:
-            scalars |= diagnose(agent, rb, seed=step)
+            scalars |= diagnose(agent, rb, seed=progress.agent_step)
+        return Evaluation(agent, eval_envs, progress.agent_step, wall_seconds(), scalars)
+
+    def step_evaluation() -> None:
+        """One step of the evaluation under way. The last one logs it."""
+        nonlocal evaluation
+        try:
+            returns = next(evaluation.steps)
+        except WorkerDied:
+            time.sleep(1)  # what ended a worker may be a signal to all processes of the job, and reach this one too
+            if not stop.is_set():
+                raise
+            return
+        if returns is not None:
+            log_evaluation(returns)
+            evaluation = None
+
+    def finish_evaluation() -> bool:
+        """Whether no evaluation is under way any more; one still is if a signal came."""
+        bar.set_description("evaluating")
+        while evaluation and not stopped():
+            step_evaluation()
+        bar.set_description("")
+        return evaluation is None
+
+    def log_evaluation(returns: np.ndarray) -> None:
+        """One line to `eval.csv` (durable at once), TensorBoard and the log."""
+        nonlocal last_seconds, last_step
+        mean, std, step, seconds = returns.mean(), returns.std(), evaluation.agent_step, evaluation.wall_seconds
+        path = run_dir / "eval.csv"
+        columns = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
+        with open(path, "a") as file:
+            if file.tell() == 0:
+                print(columns, file=file)
+            print(step, step * action_repeat, mean, std, len(returns), round(seconds, 1), sep=",", file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std, **evaluation.scalars}
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
-        if frames:
-            write_video(run_dir / "videos" / f"agent_step_{step}.mp4", frames)
-        sps = (step - last_step) / (time.time() - last_time)
+        if evaluation.frames:
+            write_video(run_dir / "videos" / f"agent_step_{step}.mp4", evaluation.frames)
+        sps = (step - last_step) / (seconds - last_seconds) if step > last_step else 0.0
         trained = sps and last_step >= args.learning_starts  # random steps are too fast to tell the time left
         left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if trained else ""
-        last_time, last_step = time.time(), step
+        last_seconds, last_step = seconds, step
         tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
         sys.stdout.flush()
         bar.set_postfix_str(f"return {mean:.1f}")
@@ -1458,6 +1511,8 @@ def train(args: Args) -> int:
                 progress.phase = "train"
 
             if progress.phase == "train":
+                if evaluation:  # its environments step while the update runs
+                    step_evaluation()
                 # ALGO LOGIC: training
                 if progress.agent_step < args.learning_starts:
                     progress.phase = "evaluate"
@@ -1472,17 +1527,14 @@ def train(args: Args) -> int:
                         progress.phase = "evaluate"
 
             if progress.phase == "evaluate" and not stop.is_set():
-                if progress.agent_step % args.eval_interval == 0 or progress.agent_step == args.total_timesteps:
-                    bar.set_description("evaluating")
-                    seeds = [episode_seed(args.seed, 1, progress.agent_step, i) for i in range(args.eval_episodes)]
-                    frames = [] if args.capture_video else None
-                    returns = evaluate(agent, eval_envs, seeds, stopped, frames)
-                    if returns is not None:
-                        log_evaluation(returns, frames)
-                        bar.set_description("")
-                        progress.phase = "act"
-                else:
+                last = progress.agent_step == args.total_timesteps
+                if not last and progress.agent_step % args.eval_interval:
                     progress.phase = "act"
+                elif finish_evaluation():  # of the one before
+                    evaluation = begin_evaluation()
+                    progress.phase = "act" if eval_envs.pipes and not last else "wait"
+            if progress.phase == "wait" and finish_evaluation():
+                progress.phase = "act"
 
             bar.update(progress.agent_step - bar.n)
             if stop.is_set() or (progress.phase == "act" and progress.agent_step % args.checkpoint_interval == 0):
@@ -1531,7 +1583,7 @@ def play(args: Args) -> int:
     frames = [] if args.capture_video else None
     seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
     try:
-        returns = evaluate(agent, envs, seeds, lambda: False, frames)
+        *_, returns = evaluate(agent, envs, seeds, frames)
     except (FloatingPointError, WorkerDied) as error:
         fail(f"{error}")
     for i, value in enumerate(returns):

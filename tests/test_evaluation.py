@@ -46,31 +46,36 @@ def test_two_workers_give_the_returns_of_one_process(env_id, action_repeat):
     _, there, workers = make(env_id, action_repeat, workers=2)
     assert (len(none), len(workers)) == (0, 2)
     for seeds in ([1, 2, 3], [7, 8, 9]):
-        returns = mst_mrq.evaluate(agent, here, seeds, lambda: False)
+        *_, returns = mst_mrq.evaluate(agent, here, seeds)
         assert len(set(returns)) > 1
-        assert mst_mrq.evaluate(agent, there, seeds, lambda: False).tolist() == returns.tolist()
-    assert mst_mrq.evaluate(agent, there, seeds, lambda: True) is None
+        *steps, others = mst_mrq.evaluate(agent, there, seeds)
+        assert others.tolist() == returns.tolist()
+        assert set(steps) == {None}
     assert close(there, workers) == [0, 0]
 
 
-@pytest.mark.parametrize("signalled", [False, True])
-def test_a_worker_that_dies_ends_the_evaluation(signalled):
+def test_a_worker_that_dies_ends_the_evaluation():
     agent, envs, workers = make("cartpole-swingup", 10, workers=2)
-    calls = []
-
-    def stopped() -> bool:
-        calls.append(None)
-        if len(calls) == 5:
-            workers[1].kill()
-            workers[1].join()
-        return signalled and len(calls) > 5
-
-    if signalled:  # a signal to the trainer follows that to the worker: the run ends with a checkpoint
-        assert mst_mrq.evaluate(agent, envs, [1, 2, 3], stopped) is None
-    else:
-        with pytest.raises(mst_mrq.WorkerDied, match="--eval-workers 0"):
-            mst_mrq.evaluate(agent, envs, [1, 2, 3], stopped)
+    steps = mst_mrq.evaluate(agent, envs, [1, 2, 3])
+    for _ in range(5):
+        assert next(steps) is None
+    workers[1].kill()
+    workers[1].join()
+    with pytest.raises(mst_mrq.WorkerDied, match="--eval-workers 0"):
+        next(steps)
     assert close(envs, workers) == [0, -signal.SIGKILL]
+
+
+def test_an_evaluation_plays_the_agent_of_its_beginning():
+    agent, envs, _ = make("cartpole-swingup", 10, workers=0)
+    *_, before = mst_mrq.Evaluation(agent, envs, 7, 0.0, {}).steps
+    evaluation = mst_mrq.Evaluation(agent, envs, 7, 0.0, {})
+    for module in (agent.encoder, agent.actor):
+        for parameter in module.parameters():
+            parameter.data.normal_()
+    *_, during = evaluation.steps
+    *_, after = mst_mrq.Evaluation(agent, envs, 7, 0.0, {}).steps
+    assert during.tolist() == before.tolist() != after.tolist()
 
 
 # Whole runs ---------------------------------------------------------------------------------------------------------
@@ -89,6 +94,19 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end_time, "waited in vain"
         time.sleep(0.01)
+
+
+def test_a_run_trains_beside_its_evaluations_and_resumes_within_one_to_the_same_bits(script, reference, tmp_path):
+    run_dir, train_step = tmp_path / str(RUN).format(script), "Agent.train_step"
+    under_way = []
+    for calls, number in [(25, signal.SIGTERM), (10, signal.SIGKILL), (30, signal.SIGTERM)]:
+        life(script, *WORKERS, cwd=tmp_path, at=(train_step, calls, number))
+        checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        evaluation = checkpoint["evaluation"]
+        under_way.append((checkpoint["progress"]["agent_step"], evaluation["agent_step"] if evaluation else None))
+    assert under_way == [(64, 50), (64, 50), (94, 50)]  # an episode has 100 steps, of which each agent step plays one
+    assert life(script, cwd=tmp_path).code == 0  # without workers
+    assert_same_run(run_dir, reference)
 
 
 def stopped_within_an_evaluation(script: str, cwd: Path):
@@ -147,6 +165,6 @@ def test_a_run_says_which_paths_it_takes(name, tmp_path):
     ended = life(name, *WORKERS, "--overlap", cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM))
     lines = ended.out.splitlines()
     assert "CUDA graphs off: CPU; torch.compile off; matrix products in float32" in lines
-    assert "actions chosen before the update; evaluation in 2 worker processes" in lines
+    assert "actions chosen before the update; evaluation in 2 worker processes, beside the training" in lines
     plain = life(name, "--exp-name", "plain", cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM))
     assert "actions chosen after the update; evaluation in this process" in plain.out.splitlines()
