@@ -55,7 +55,7 @@ class Loaded:
             state: "complete", "short" (last evaluation before total_timesteps) or "missing" (no evaluation),
             agent_step: of the last evaluation, NaN if missing; total_timesteps: agent steps of the whole run,
             parameters, active, flops, sparse_flops and those of each module: see `size`,
-            wall_seconds: of training and evaluation up to the last evaluation,
+            wall_seconds: of the run until its last evaluation began,
             peak_memory_gib: the largest logged value, on a GPU of its tensors, else of the process; NaN if not logged,
             git_commit.
         evaluations: a row per evaluation, the columns of `identity` and of `eval.csv`.

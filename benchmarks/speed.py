@@ -24,6 +24,7 @@ import csv
 import datetime
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -67,11 +68,18 @@ class MatrixProducts(TorchDispatchMode):
         return [2 * a.shape[0] * a.shape[1] * b.shape[1] for *_, a, b in (args for _, args in self.calls)]
 
     def alone(self) -> Callable[[], None]:
-        """The same calls on random numbers in tensors of the same shapes and strides."""
+        """The same calls on random numbers in tensors of the same shapes and strides.
+
+        They lie one after another in 2 GiB, and from the start again where that is full: beyond the reach of caches.
+        """
+        pool, end = torch.randn(2**29, device=self.calls[0][1][0].device), 0
 
         def like(x: torch.Tensor) -> torch.Tensor:
+            nonlocal end
             size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-            return torch.randn(size, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride())
+            start = end if end + size <= len(pool) else 0
+            end = start + 16 * math.ceil(size / 16)  # whole cache lines
+            return pool[start:].as_strided(x.shape, x.stride())
 
         calls = [(function, [like(x) for x in args]) for function, args in self.calls]
 
