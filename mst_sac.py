@@ -108,7 +108,8 @@ class Args:
     checkpoint_interval: int = 10_000
     """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
     eval_workers: int | None = None
-    """processes that step the evaluation's environments (default: one per core, or OMP_NUM_THREADS; none for one)"""
+    """processes that step the evaluation's environments while training goes on (default: one per core, or
+    OMP_NUM_THREADS; none for one)"""
     diagnostics: bool = True
     """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
 
@@ -1090,9 +1091,9 @@ def evaluate(
 
 
 class Evaluation:
-    """An evaluation of the agent as it was at `agent_step`, a step per `next(evaluation.steps)` of `evaluate`.
+    """An evaluation of a copy of the agent as it was at `agent_step`. Each `next(steps)` plays a step of all episodes.
 
-    Where there are worker processes, training goes on meanwhile. A resumed run starts it anew, with the same returns.
+    So training can go on meanwhile. A resumed run starts the evaluation anew, with the same returns.
     """
 
     def __init__(
@@ -1351,7 +1352,7 @@ def train(args: Args) -> int:
         rb.load_state_dict(checkpoint["replay_buffer"])
         exploration.set_state(checkpoint["exploration"])
         actions, action = list(checkpoint["actions"]), checkpoint["action"]
-        if saved := checkpoint["evaluation"]:
+        if saved := checkpoint.get("evaluation"):
             modules = saved.pop("modules")
             evaluation = Evaluation(agent, eval_envs, **saved)
             for name in ACTING:

@@ -40,6 +40,12 @@ def adamw(moment: float):
     return step
 
 
+def relu_and_mask(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a compiled loss stores for the backward pass through a ReLU between frozen weights."""
+    y = x.relu()
+    return y, y <= 0
+
+
 def ten_environments(threads: int):
     """One step of ten dog-run environments, one after another or by a pool of threads."""
     envs = [make_env("dog-run", seed=1) for _ in range(10)]
@@ -59,13 +65,15 @@ if __name__ == "__main__":
     x, weight, bias = torch.randn(256, 512), torch.randn(512, 512), torch.randn(512)
     rounded = [x.bfloat16(), weight.bfloat16(), bias.bfloat16()]
     slots, index = torch.randn(1_000_000, 264), torch.randint(1_000_000, (100, 256, 6))
-    draw = iter(range(10**6))
+    draw, compiled = iter(range(10**6)), torch.compile(relu_and_mask)
     operations = {
         "linear layer, 256 x 512 by 512 x 512": lambda: F.linear(x, weight, bias),
         "the same in bfloat16": lambda: F.linear(*rounded),
         "layer_norm of 256 x 512": lambda: F.layer_norm(x, (512,)),
         "elu of 256 x 512": lambda: F.elu(x),
         "exp of 256 x 512": lambda: x.exp(),
+        "relu of 256 x 512 and its mask": lambda: relu_and_mask(x),
+        "relu of 256 x 512 and its mask, torch.compile": lambda: compiled(x),
         "gather 1,536 rows by indexing": lambda: slots[index[next(draw) % 100]],
         "gather 1,536 rows by index_select": lambda: slots.index_select(0, index[next(draw) % 100].flatten()),
         "AdamW on 512 x 512": adamw(1e-8),

@@ -11,7 +11,8 @@ compared is timed in turns within one process; figures are medians. Parts:
     masks       the update of critic and actor with and without masks
     sampling    drawing batches and setting priorities with a full replay buffer of a million steps
     step        choosing an action, stepping the environment, storing the step, an evaluation of 10 episodes
-    training    whole runs of the script: agent steps per second and peak memory
+    training    whole runs of the script: agent steps per second and peak memory; for SAC also with an evaluation of 10
+                episodes in the time, beside the training and in the trainer's process
     processes   updates per second of 1, 2, 4 and 8 processes that share the device
 
 Floors: "matrix products" runs the mm and addmm calls that an update makes, recorded from it, with the same shapes,
@@ -367,13 +368,14 @@ def step(table: Table, script: str, device: torch.device, rounds: int) -> None:
 
 
 def training(table: Table, script: str, scale: float, device: torch.device, steps: int, flags: list[str]) -> None:
-    """A whole run on dog-run, timed between two evaluations of one episode each, one of which is in the time."""
+    """A whole run on dog-run, timed between the beginnings of two evaluations, one of which is in the time."""
     start = 1000
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{script}.py"), "--env", "dog-run", "--scale", f"{scale:g}", *flags]
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--env", "dog-run", "--scale", f"{scale:g}"]
         command += ["--learning-starts", f"{start}", "--total-timesteps", f"{start + 2 * steps}", "--runs-dir", folder]
         command += ["--eval-interval", f"{steps}", "--eval-episodes", "1", "--no-diagnostics"]
         command += ["--target-network-frequency", "50"] if "mr" in script else []  # bursts of encoder updates fit in
+        command += flags
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -383,7 +385,7 @@ def training(table: Table, script: str, scale: float, device: torch.device, step
         last = start + 2 * steps
         what = " ".join(["training", *flags])
         table.add(script, scale, "training", what, [steps / (wall[last] - wall[last - steps])], "steps/s")
-        table.add(script, scale, "training", "peak resident memory", [usage.ru_maxrss / 2**20], "GiB")
+        table.add(script, scale, "training", f"peak resident memory, {what}", [usage.ru_maxrss / 2**20], "GiB")
 
 
 def processes(table: Table, device: torch.device, seconds: float) -> None:
@@ -462,6 +464,9 @@ if __name__ == "__main__":
             on_gpu = [["--no-overlap"], ["--no-cuda-graphs"], ["--compile"], ["--bf16"]]
             for extra in [[], *(on_gpu if device.type == "cuda" else [])]:
                 training(table, script, scale, device, 1000 if device.type == "cuda" else 100, extra)
+            for workers in ([], ["--eval-workers", "0"]) if script == "mst_sac" else ():
+                evaluations = ["--eval-episodes", "10", *workers]
+                training(table, script, scale, device, 1000 if device.type == "cuda" else 500, evaluations)
         elif part == "processes":
             processes(table, device, 10)
     if flags.csv:
