@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUN, assert_one_error, assert_same_run, end, life, start
+from conftest import RUN, assert_one_error, assert_same_run, end, evaluations, life, start
 
 import mst_mrq
 
@@ -107,6 +107,14 @@ def test_a_run_trains_beside_its_evaluations_and_resumes_within_one_to_the_same_
     assert under_way == [(64, 50), (64, 50), (94, 50)]  # an episode has 100 steps, of which each agent step plays one
     assert life(script, cwd=tmp_path).code == 0  # without workers
     assert_same_run(run_dir, reference)
+
+
+def test_each_agent_step_plays_one_step_of_the_evaluation_under_way(script, tmp_path):
+    flags = [*WORKERS, "--eval-interval", "130"]  # the evaluation at 0: a step resets, 100 play, the next has the returns
+    for calls, rows in [(62, 0), (63, 1)]:  # the first is at agent step 40: killed at 101 and at 102
+        life(script, *flags, "--exp-name", f"{calls}", cwd=tmp_path, at=("Agent.train_step", calls, signal.SIGKILL))
+        path = tmp_path / str(RUN).format(calls) / "eval.csv"
+        assert (len(evaluations(path.parent)) - 1 if path.exists() else 0) == rows
 
 
 def stopped_within_an_evaluation(script: str, cwd: Path):
