@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FixedBatch
 from test_graphs import make
+from torch.utils._pytree import tree_leaves
 
 EAGER = {"rtol": 0, "atol": 0}  # the same operations, traced
 # inductor fuses operations and so rounds otherwise; an update moves a weight by 1e-4
@@ -51,15 +52,17 @@ def test_compiled_losses_train_as_eager_ones_do(monkeypatch, script, backend, to
 
 
 @pytest.mark.parametrize("script", ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"])
-def test_losses_in_bfloat16_are_near_those_in_float32_and_come_out_in_float32(script):
+def test_losses_in_bfloat16_are_near_those_in_float32_and_what_networks_return_is_float32(script):
     module, cpu = importlib.import_module(script), torch.device("cpu")
     exact, rb = make(module, cpu, graphs=False)
     rounded, _ = make(module, cpu, graphs=False, bf16=True)
-    rb_of_one = FixedBatch(rb.sample(16, cpu))
+    rb_of_one, dtypes = FixedBatch(rb.sample(16, cpu)), set()
+    for network in (rounded.critic, rounded.actor):
+        network.register_forward_hook(lambda _, inputs, out: dtypes.update(x.dtype for x in tree_leaves(out)))
     for agent in (exact, rounded):
         for name in ["update_encoder"] * ("encoder" in module.MODULES) + ["update_critic_and_actor"]:
             agent.updates.run(name, agent, rb_of_one)
-    assert {value.dtype for value in rounded.metrics.values()} == {torch.float32}
+    assert dtypes | {value.dtype for value in rounded.metrics.values()} == {torch.float32}
     assert all(p.grad.dtype == torch.float32 for name in module.MODULES for p in getattr(rounded, name).parameters())
     for name in [f"losses/{name}_loss" for name in module.MODULES]:
         torch.testing.assert_close(rounded.metrics[name], exact.metrics[name], rtol=0.03, atol=0.003)  # 8 bits

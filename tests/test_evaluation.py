@@ -110,7 +110,7 @@ def test_a_run_trains_beside_its_evaluations_and_resumes_within_one_to_the_same_
 
 
 def test_each_agent_step_plays_one_step_of_the_evaluation_under_way(script, tmp_path):
-    flags = [*WORKERS, "--eval-interval", "130"]  # the evaluation at 0: a step resets, 100 play, the next has the returns
+    flags = [*WORKERS, "--eval-interval", "130"]  # that at 0: a step resets, 100 play, the next has the returns
     for calls, rows in [(62, 0), (63, 1)]:  # the first is at agent step 40: killed at 101 and at 102
         life(script, *flags, "--exp-name", f"{calls}", cwd=tmp_path, at=("Agent.train_step", calls, signal.SIGKILL))
         path = tmp_path / str(RUN).format(calls) / "eval.csv"
@@ -143,8 +143,10 @@ def test_a_run_says_when_a_worker_died_and_goes_on_to_the_results_of_one_process
 
 def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(script, reference, tmp_path):
     child, workers = stopped_within_an_evaluation(script, tmp_path)
-    for pid in (*workers, child.pid):
+    for pid in workers:
         os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: all(state(pid) in (None, "Z") for pid in workers))  # the run is left with broken pipes
+    os.kill(child.pid, signal.SIGTERM)
     os.kill(child.pid, signal.SIGCONT)
     ended = end(child, tmp_path)
     assert (ended.code, ended.err) == (75, "")
