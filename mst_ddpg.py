@@ -911,6 +911,8 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     metrics = {}
     for name in MODULES:
         hidden, features = outputs[name, nn.ReLU], torch.cat(outputs[name, SimBa], 1)
+        if not features.isfinite().all():
+            raise FloatingPointError(f"a feature of the {name} is not finite")
         metrics |= {
             f"plasticity/{name}_srank": stable_rank(features),
             f"plasticity/{name}_dormant_ratio": dormant_ratio(hidden, tau=0.1),

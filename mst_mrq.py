@@ -1033,6 +1033,8 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
 
     metrics = {}
     for name in MODULES:
+        if not features[name].isfinite().all():
+            raise FloatingPointError(f"a feature of the {name} is not finite")
         metrics |= {
             f"plasticity/{name}_srank": stable_rank(features[name]),
             f"plasticity/{name}_dormant_ratio": dormant_ratio(hidden[name], tau=0.1),

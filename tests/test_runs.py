@@ -330,8 +330,9 @@ def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
             "the gradient of the actor is not finite",
         ),
         (["--encoder-lr", "1e20", "--overlap"], "losses/encoder_loss is nan"),  # known after the next environment step
+        (["--encoder-lr", "1e20", "--overlap", "--eval-interval", "40"], "a feature of the encoder is not finite"),
     ],
-    ids=["encoder", "critic", "actor", "finite loss with a NaN gradient to rank", "overlap"],
+    ids=["encoder", "critic", "actor", "finite loss with a NaN gradient to rank", "overlap", "overlap, diagnostics"],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     script, run_dir, tmp_path, flags, culprit
