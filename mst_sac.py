@@ -109,7 +109,7 @@ class Args:
     """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
     eval_workers: int | None = None
     """processes that step the evaluation's environments while training goes on (default: one per core, or
-    OMP_NUM_THREADS; none for one)"""
+    OMP_NUM_THREADS of them; none where that is one)"""
     diagnostics: bool = True
     """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
 
@@ -1470,7 +1470,7 @@ def train(args: Args) -> int:
             write_video(run_dir / "videos" / f"agent_step_{step}.mp4", evaluation.frames)
         sps = (step - last_step) / (seconds - last_seconds) if step > last_step else 0.0
         trained = sps and last_step >= args.learning_starts  # random steps are too fast to tell the time left
-        left = f"{tqdm.format_interval((args.total_timesteps - step) / sps)} left" if trained else ""
+        left = f"{tqdm.format_interval((args.total_timesteps - progress.agent_step) / sps)} left" if trained else ""
         last_seconds, last_step = seconds, step
         tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
         sys.stdout.flush()
@@ -1514,7 +1514,7 @@ def train(args: Args) -> int:
                 progress.phase = "train"
 
             if progress.phase == "train":
-                if evaluation:  # its environments step while the update runs
+                if evaluation:  # its workers step while the update runs
                     step_evaluation()
                 # ALGO LOGIC: training
                 if progress.agent_step < args.learning_starts:
@@ -1549,6 +1549,8 @@ def train(args: Args) -> int:
         save_checkpoint(finished=True)
         writer.close()
     except FloatingPointError as error:
+        with suppress(FloatingPointError, WorkerDied, OSError, StopIteration):  # the last: it is what failed
+            finish_evaluation()  # of the weights from before
         writer.flush()
         fail(
             f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "

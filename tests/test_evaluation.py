@@ -122,8 +122,7 @@ def stopped_within_an_evaluation(script: str, cwd: Path):
     child = start(script, *WORKERS, cwd=cwd, at=("Agent.act", 120, signal.SIGSTOP))
     try:
         wait_for(lambda: state(child.pid) == "T")
-        stats = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
-        workers = [int(head.split()[0]) for head, _, tail in stats if int(tail.split()[1]) == child.pid]
+        workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
         assert len(workers) == 2
     except BaseException:
         child.kill()  # pytest would wait for it
@@ -146,8 +145,9 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_with_a_checkpoint(script, r
     for pid in workers:
         os.kill(pid, signal.SIGTERM)
     wait_for(lambda: all(state(pid) in (None, "Z") for pid in workers))  # the run is left with broken pipes
-    os.kill(child.pid, signal.SIGTERM)
     os.kill(child.pid, signal.SIGCONT)
+    time.sleep(0.3)  # it has a second of grace
+    os.kill(child.pid, signal.SIGTERM)
     ended = end(child, tmp_path)
     assert (ended.code, ended.err) == (75, "")
     assert life(script, *WORKERS, cwd=tmp_path).code == 0

@@ -323,6 +323,7 @@ def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
     ("flags", "culprit"),
     [
         (["--encoder-lr", "1e20"], "losses/encoder_loss is nan"),
+        (["--encoder-lr", "1e20", "--eval-workers", "2"], "losses/encoder_loss is nan"),
         (["--critic-lr", "1e20", "--critic-arch", "1"], "losses/actor_loss is nan"),  # a function of the critic
         (["--actor-lr", "1e20", "--actor-arch", "1"], "an action of the actor is not finite"),
         (
@@ -332,7 +333,15 @@ def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
         (["--encoder-lr", "1e20", "--overlap"], "losses/encoder_loss is nan"),  # known after the next environment step
         (["--encoder-lr", "1e20", "--overlap", "--eval-interval", "40"], "a feature of the encoder is not finite"),
     ],
-    ids=["encoder", "critic", "actor", "finite loss with a NaN gradient to rank", "overlap", "overlap, diagnostics"],
+    ids=[
+        "encoder",
+        "encoder, beside an evaluation",
+        "critic",
+        "actor",
+        "finite loss with a NaN gradient to rank",
+        "overlap",
+        "overlap, diagnostics",
+    ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     script, run_dir, tmp_path, flags, culprit
@@ -341,6 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert_one_error(ended, 1, culprit, "at agent step 40", "last good checkpoint")
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["agent_step"] == 30
+    assert [row[0] for row in evaluations(run_dir)] == ["agent_step", "0"]  # also if it was still under way
     for module in checkpoint["agent"]["modules"].values():
         assert all(weight.isfinite().all() for weight in module.values())
 

@@ -15,12 +15,13 @@ def script(request):
     return request.param
 
 
-def test_a_run_killed_and_stopped_by_a_signal_gives_the_same_bits(script, reference, tmp_path):
+def test_a_run_killed_and_stopped_by_a_signal_beside_its_evaluations_gives_the_same_bits(script, reference, tmp_path):
     run_dir = tmp_path / str(RUN).format(script)
     update = "Agent.update_critic_and_actor"
-    assert life(script, cwd=tmp_path, at=(update, 45, signal.SIGKILL)).code == -signal.SIGKILL
-    assert life(script, cwd=tmp_path, at=(update, 20, signal.SIGTERM)).code == 75
-    assert life(script, cwd=tmp_path).code == 0
+    workers = ["--eval-workers", "2"]  # the reference has none
+    assert life(script, *workers, cwd=tmp_path, at=(update, 45, signal.SIGKILL)).code == -signal.SIGKILL
+    assert life(script, *workers, cwd=tmp_path, at=(update, 20, signal.SIGTERM)).code == 75
+    assert life(script, *workers, cwd=tmp_path).code == 0
     assert_same_run(run_dir, reference)
     assert scalars(run_dir)["sparsity/critic_topology_updates", 130] >= 4  # every 20 of at least 91 updates
 
