@@ -1362,7 +1362,7 @@ def set_up(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.cuda:
         torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # moments of dead units decay into them: AdamW at a tenth of its speed on a CPU
+    torch.set_flush_denormal(True)  # moments of dead units decay into them: AdamW at a fifteenth of its speed on a CPU
     with suppress(OSError, AttributeError):  # glibc: keep large blocks, or a gradient of 38 MB faults in anew each time
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**30)
@@ -1438,7 +1438,7 @@ def train(args: Args) -> int:
         rb.load_state_dict(checkpoint["replay_buffer"])
         exploration.set_state(checkpoint["exploration"])
         actions, action = list(checkpoint["actions"]), checkpoint["action"]
-        if saved := checkpoint.get("evaluation"):
+        if saved := checkpoint.get("evaluation"):  # checkpoints of earlier versions have no such entry
             modules = saved.pop("modules")
             evaluation = Evaluation(agent, eval_envs, **saved)
             for name in ACTING:
