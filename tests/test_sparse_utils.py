@@ -532,14 +532,14 @@ def test_a_large_gradient_is_masked_to_its_last_row(shape):
     _, _, sparsifier = sparse_run("sst", net=net, distribution="uniform")
     gradient = torch.randn(shape, generator=generator())
     net[0].weight.grad = gradient.clone()
-    sparsifier.mask_gradients()
+    sparsifier.step()
     assert torch.equal(net[0].weight.grad, torch.where(sparsifier.masks["0.weight"], gradient, 0.0))
 
 
 def test_a_nan_gradient_outside_the_mask_stays_visible():
     net, _, sparsifier = sparse_run("sst")
     net[3].weight.grad = torch.full((16, 16), math.inf)
-    sparsifier.mask_gradients()
+    sparsifier.step()
     assert net[3].weight.grad[~sparsifier.masks["3.weight"]].isnan().all()
 
 
