@@ -1,7 +1,7 @@
 """Sparse training of any module's Linear and convolution weights: SST, DST (RigL or SET), S2D and D2S.
 
-Reference implementation of the training regimes of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep
-Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to import or to copy: it needs torch alone.
+The training regimes of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
+2510.12096, section 2.1 and appendix B.1; "eq." and "sec." below), to import or to copy: it needs torch alone.
 
     sparsifier = Sparsifier(critic, optimizer, regime="dst", sparsity=0.6, total_updates=500_000)
     ...
@@ -10,17 +10,16 @@ Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to imp
     optimizer.step()
 
 A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
-forward pass. A weight there that something else has changed is noticed, see `Sparsifier.step`. Weights, masks and
-optimizer state are changed in place, never replaced, as `torch.compile` and CUDA graphs need it.
+forward pass. Weights, masks and optimizer state are changed in place, as `torch.compile` and CUDA graphs need it.
 
 Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
 (Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
-al., arXiv 2302.12902). "Eq." and "sec." refer to arXiv 2510.12096.
+al., arXiv 2302.12902).
 """
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
+DISTRIBUTIONS = ("er", "uniform", "uniform-dense-output")
 MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NOT_ELEMENT_WISE = {"LBFGS", "Muon", "Shampoo", "SOAP"}  # an update mixes a layer's weights: masked ones would move
 
@@ -38,10 +38,10 @@ NOT_ELEMENT_WISE = {"LBFGS", "Muon", "Shampoo", "SOAP"}  # an update mixes a lay
 def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
 
-    A convolution's dimensions are those of its weight, the kernel's included.
-    eps is such that the layers hold as many zeros together as with `uniform_sparsities`, the sum of floor(sparsity *
-    size), for a sparsity in [0, 1). While the largest density would pass 1, every layer at that maximum becomes dense
-    and eps is solved again for the others. Source: SET, RigL, sec. B.1.1.
+    The dimensions are those of the weight, a convolution's kernel included. eps is such that the layers hold as many
+    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size), for a sparsity in [0, 1). While the
+    largest density would pass 1, every layer at that maximum becomes dense and eps is solved again for the others.
+    Source: SET, RigL, sec. B.1.1.
     """
     _check_sparsity(sparsity)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -78,18 +78,8 @@ def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float)
     n_zeros = sum(math.floor(sparsity * n) for n in size.values())
     n_rest = sum(n for name, n in size.items() if name not in heads)
     if n_zeros >= n_rest:
-        raise ValueError(
-            f"with a dense output layer, {n_zeros} zeros do not fit the {n_rest} weights of the other layers: write a "
-            'sparsity below that or distribution="uniform"'
-        )
+        raise ValueError(f"{n_zeros} zeros do not fit the {n_rest} weights before the output: write a lower sparsity")
     return {name: 0.0 if name in heads else n_zeros / n_rest for name in shapes}
-
-
-DISTRIBUTIONS = {
-    "er": erdos_renyi_sparsities,
-    "uniform": uniform_sparsities,
-    "uniform-dense-output": uniform_dense_output,
-}
 
 
 # Schedules (sec. B.1.2, B.1.3) --------------------------------------------------------------------------------------
@@ -166,31 +156,20 @@ def prune_and_grow(
 ) -> tuple[Tensor, Tensor]:
     """One topology update of one layer: drop the smallest weights, then grow connections. Changes nothing in place.
 
-    Drops the `n_drop` active weights of smallest magnitude. Then grows `n_grow` among everything that is not kept,
-    just-dropped connections included, by a rule of `GROWTHS`: those of largest |gradient| (`growth="rigl"`, algorithm
-    1) or uniformly random ones from `generator` (`growth="set"`). Equal scores: the lowest index first.
+    Drops the `n_drop` active weights of smallest magnitude, in [0, active connections]; equal ones: the lowest index
+    first. Then grows `n_grow` of those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl"
+    (algorithm 1) by `dense_grad`, the gradient of the unmasked weight, or "set" with the random `generator`. `weight`,
+    the boolean `mask` (True where active) and `dense_grad` have the same shape.
 
-    Args:
-        weight, mask, dense_grad: same shape; `mask` is boolean, True where a connection is active. `dense_grad` is the
-            gradient of the unmasked weight ("set" does not read it).
-        n_drop: in [0, active connections].
-        n_grow: in [0, connections that are not kept].
-
-    Returns:
-        (new_mask, newly_grown): booleans of the same shape. `newly_grown` marks what `mask` did not hold: a dropped
-        and regrown connection is not in it.
-
-    Raises:
-        ValueError: unknown growth, unequal shapes, counts out of range, NaN in the scores, "set" without a generator.
+    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: a dropped and
+    regrown connection is not in it. Raises ValueError for an unknown growth, unequal shapes, counts out of range, NaN
+    in the scores, or if the rule lacks what it reads.
     """
     _check_choice("growth", growth, GROWTHS)
     n_active = int(mask.count_nonzero())
     n_free = mask.numel() - n_active + n_drop  # everything not kept
     if not (0 <= n_drop <= n_active and 0 <= n_grow <= n_free):
-        raise ValueError(
-            f"n_drop={n_drop}, n_grow={n_grow} with {n_active} of {mask.numel()} connections active: "
-            f"write 0 <= n_drop <= {n_active} and 0 <= n_grow <= {n_free}"
-        )
+        raise ValueError(f"n_drop={n_drop}, n_grow={n_grow}: write at most {n_active} and {n_free}, and at least 0")
     if weight.shape != mask.shape:
         raise ValueError("weight and mask must have one shape")
     kept = mask & ~_lowest(weight.abs(), mask, n_drop)
@@ -227,39 +206,36 @@ class Sparsifier:
     floor(zeta * active) connections of a layer are dropped and as many grown, zeta by eq. 1; d2s drops and s2d grows
     as many more as the sparsity of eq. 2 asks for.
 
-    Building it zeroes all that its new random masks zero, in trained weights and optimizer state as well. To go on
-    with a sparse module: build, then load the states of module, optimizer and sparsifier. Masks live on the device
-    that the weights are on when it is built.
+    Building it zeroes what its new random masks zero, in trained weights and optimizer state as well. To go on with a
+    sparse module: build, then load the states of module, optimizer and sparsifier. Masks stay on the weights' device.
 
     Args:
         module: the weights of its `nn.Linear` and `nn.Conv1d/2d/3d` are masked, each once if shared. Biases, norms,
             reparametrized (`torch.nn.utils.parametrizations`), frozen and empty weights and all else stay dense.
-        optimizer: any element-wise one of torch; it must hold these weights. Each of its state tensors that has the
-            shape of a weight (moments, momentum) is set to 0 where a connection is dropped or grown.
+        optimizer: any element-wise one of torch that holds these weights. What of its state has the shape of a weight
+            (moments, momentum) is set to 0 where a connection is dropped or grown.
         sparsity: share of zeros in [0, 1), over the masked weights together.
         distribution: "er", "uniform" or "uniform-dense-output", how the layers share `sparsity`.
         growth: "rigl" (largest gradient) or "set" (random).
         update_interval: steps between topology updates.
         drop_fraction, final_drop_fraction: zeta of eq. 1 at the start and after `total_updates`, in [0, 1].
         total_updates: planned number of `step()` calls; the schedules are relative to it.
-        seed: of the masks and of random growth. The masks do not depend on the device. Modules of the same shapes get
-            the same masks from the same seed.
-        include: names of further parameters to mask, or their last parts: "in_proj_weight" is that of every attention.
+        seed: of masks and random growth, on any device. Modules of the same shapes get the same masks from one seed.
+        include: names of further parameters, or ends of names: "in_proj_weight" is that of every attention.
         exclude: names of submodules that stay dense.
         schedule_start, schedule_end: window of eq. 2 as fractions of `total_updates`, for "d2s" (default 0.2 to 0.8,
             Obando-Ceron et al. 2024) and "s2d" (default 0 to 1).
         power: lambda of eq. 2.
 
     Attributes:
-        masks: boolean tensors by parameter name, True where active; empty for "dense". Here and in states, names are
-            those without wrappers such as `torch.compile(module)` and DDP.
+        masks: boolean tensors by parameter name (that without wrappers), True where active; empty for "dense".
+        optimizer: as above. Assign the new one wherever it is made anew.
         updates: the clock, number of steps so far.
         topology_updates: number of topology updates so far.
         replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
             do not count), as a share of all active after it; 0.0 before the first.
 
-    Raises:
-        ValueError: for arguments out of range or a weight that has a Sparsifier, and the message says what to write.
+    Raises ValueError for arguments out of range and for a weight that has a Sparsifier already.
     """
 
     SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
@@ -308,8 +284,7 @@ class Sparsifier:
         self.initial_drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
         self.schedule_start, self.schedule_end, self.power = start, end, power
         self.generator = torch.Generator().manual_seed(seed)
-        self.updates = 0
-        self.topology_updates = 0
+        self.updates = self.topology_updates = 0
         self.replaced = 0.0
         self.pending = False  # a topology update waits for finite gradients
         self.checked = False  # the weights, since they were masked or a state was loaded
@@ -323,7 +298,8 @@ class Sparsifier:
         if taken:
             raise ValueError(f"another Sparsifier masks {taken}: exclude them here, or delete that one first")
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        self.layer_sparsities = DISTRIBUTIONS[distribution](shapes, sparsity)
+        solve = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}.get(distribution, uniform_dense_output)
+        self.layer_sparsities = solve(shapes, sparsity)
         for name, weight in self.weights.items():
             mask = random_mask(shapes[name], self._layer_sparsity(name), self.generator)
             self.masks[name] = mask.to(weight.device)
@@ -332,7 +308,6 @@ class Sparsifier:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the weights. Where it is made anew, assign the new one; it is checked as the first one was."""
         return self._optimizer
 
     @optimizer.setter
@@ -356,15 +331,11 @@ class Sparsifier:
         """Advance the clock, update the topology if due, zero the gradients outside the masks. All in place.
 
         Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
-        update reads the gradients as they are: they must come from this module's own loss alone. If one of those that
-        the optimizer holds is not finite, the update waits for the next step where all are.
+        update reads the gradients as they are: they must come from this module's own loss alone. It waits for the next
+        step with finite gradients in the whole optimizer. If there are none for the growth rule: ValueError.
 
-        Weights are checked at the first step, at topology updates and, for "sst" as well, at each multiple of
-        `update_interval`. All other steps do no host sync; during the capture of a CUDA graph nothing is checked.
-
-        Raises:
-            ValueError: at a check, and before anything changes, if a weight is not 0 outside its mask, is not finite or
-                has left the module; at a topology update without the gradients that the growth rule needs.
+        At the first step and at multiples of `update_interval` it checks the weights: ValueError, before anything
+        changes, if one is not 0 outside its mask, is not finite or has left the module. Other steps do no host sync.
         """
         due = self.topology_update_due
         check = due or not self.checked or (self.updates + 1) % self.update_interval == 0
@@ -391,18 +362,19 @@ class Sparsifier:
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise ValueError(f"the target has no {name} of shape {tuple(mask.shape)}: pass a copy of the module")
         for name, mask in self.masks.items():
+            _mask_(parameters[name], mask)
             if parameters[name] is self.weights[name]:
                 self._clear(name, keep=mask)
-            else:
-                _mask_(parameters[name], mask)
 
     def sparsity(self) -> float:
         """Measured share of zeros over all masks; 0.0 for "dense"."""
-        return (self._size() - self._active()) / self._size() if self.masks else 0.0
+        size = sum(mask.numel() for mask in self.masks.values())
+        return (size - self._active()) / size if size else 0.0
 
     def coverage(self) -> float:
         """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
-        return self._size() / sum(parameter.numel() for parameter in self.module.parameters())
+        size = sum(mask.numel() for mask in self.masks.values())
+        return size / sum(parameter.numel() for parameter in self.module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
@@ -434,7 +406,7 @@ class Sparsifier:
         self.generator.set_state(state["generator"].cpu())
         self.updates, self.topology_updates = state["updates"], state["topology_updates"]
         self.replaced = state["replaced"]
-        self.pending = state.get("pending", False)  # states of before 2025-11-25 have none
+        self.pending = state.get("pending", False)  # older states have none
         self.checked = False
 
     def _layer_sparsity(self, name: str) -> float:
@@ -463,9 +435,8 @@ class Sparsifier:
             moved = int(((weight != 0) & ~mask).count_nonzero())
             if moved:
                 raise ValueError(
-                    f"{name}: {moved} weights outside the mask are not 0, something else changed them. After resetting "
-                    "layers or loading weights call apply_to(module). Where the optimizer is made anew, write "
-                    "sparsifier.optimizer = optimizer as well. Its updates must be element-wise"
+                    f"{name}: {moved} weights outside the mask are not 0. If layers were reset or weights loaded, call "
+                    "apply_to(module); if the optimizer was made anew, write sparsifier.optimizer = optimizer before"
                 )
         return True
 
@@ -483,9 +454,8 @@ class Sparsifier:
                 continue  # dense before and after: all that is dropped would regrow; or not trained in this step
             k = min(math.floor(zeta * active), target)  # a layer cannot regrow more than it will hold
             n_drop, n_grow = k + max(active - target, 0), k + max(target - active, 0)
-            new_mask, newly_grown = prune_and_grow(
-                weight, mask, weight.grad, n_drop, n_grow, self.growth, self.generator
-            )
+            scores = (weight, mask, weight.grad)
+            new_mask, newly_grown = prune_and_grow(*scores, n_drop, n_grow, self.growth, self.generator)
             self._clear(name, keep=mask & new_mask)  # a newly grown weight starts at 0, without moments
             mask.copy_(new_mask)
             n_new += int(newly_grown.count_nonzero())
@@ -495,19 +465,12 @@ class Sparsifier:
     def _active(self) -> int:
         return int(sum(mask.count_nonzero() for mask in self.masks.values()))
 
-    def _size(self) -> int:
-        return sum(mask.numel() for mask in self.masks.values())
-
-    def _moments(self, name: str) -> list[Tensor]:
-        """The optimizer's state tensors of a weight that have its shape, but for the step sizes of Rprop."""
-        weight = self.weights[name]
-        state = self.optimizer.state.get(weight, {}).items()
-        return [s for key, s in state if torch.is_tensor(s) and s.shape == weight.shape and key != "step_size"]
-
     def _clear(self, name: str, keep: Tensor) -> None:
-        """Set a weight and its moments to 0 outside `keep`, in place."""
-        for tensor in (self.weights[name], *self._moments(name)):
-            _mask_(tensor, keep)
+        """Set a weight and its optimizer state (moments, momentum; not Rprop's step sizes) to 0 outside `keep`."""
+        weight = self.weights[name]
+        for key, tensor in [("weight", weight), *self.optimizer.state.get(weight, {}).items()]:
+            if torch.is_tensor(tensor) and tensor.shape == weight.shape and key != "step_size":
+                _mask_(tensor, keep)
 
 
 def _mask_(tensor: Tensor, mask: Tensor) -> None:
@@ -533,8 +496,8 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _weights_to_mask(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
-    """What is masked, by name: weights of `MASKED_LAYERS` and included parameters, but for excluded and frozen ones."""
-    named = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False) if p.numel() and p.ndim]
+    """What is masked, by name: weights of `MASKED_LAYERS` and included ones, but not excluded, frozen or empty ones."""
+    named = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False) if p.ndim]
     included = {wanted: {id(p) for name, p in named if f".{name}".endswith(f".{_plain(wanted)}")} for wanted in include}
     excluded = {wanted: {id(p) for name, p in named if name.startswith(f"{_plain(wanted)}.")} for wanted in exclude}
     for argument, what, found in (("include", "parameter", included), ("exclude", "submodule", excluded)):
@@ -543,16 +506,14 @@ def _weights_to_mask(module: nn.Module, include: Sequence[str], exclude: Sequenc
             raise ValueError(f"{argument} names no {what} {unknown}: write names as in named_{what}s() in a list")
     layers = [layer for layer in module.modules() if isinstance(layer, MASKED_LAYERS)]
     chosen = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}
-    chosen = chosen.union(*included.values()).difference(*excluded.values()) & {
-        id(p) for _, p in named if p.requires_grad
-    }
-    weights = {name: parameter for name, parameter in _parameters(module).items() if id(parameter) in chosen}
+    chosen = chosen.union(*included.values()).difference(*excluded.values())
+    weights = {n: p for n, p in _parameters(module).items() if id(p) in chosen and p.requires_grad and p.numel()}
     if not weights:
         raise ValueError("the module has no nn.Linear weights and no convolutions to mask: name others with include=")
     return weights
 
 
-def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}: write one of {', '.join(choices)}")
 
