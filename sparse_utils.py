@@ -32,7 +32,7 @@ MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NOT_ELEMENT_WISE = {"LBFGS", "Muon", "Shampoo", "SOAP"}  # an update mixes a layer's weights: masked ones would move
 
 
-# Layer-wise sparsities (sec. B.1.1) ---------------------------------------------------------------------------------
+# Layer-wise sparsities and schedules (sec. B.1.1 to B.1.3) ----------------------------------------------------------
 
 
 def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
@@ -80,9 +80,6 @@ def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float)
     if n_zeros >= n_rest:
         raise ValueError(f"{n_zeros} zeros do not fit the {n_rest} weights before the output: write a lower sparsity")
     return {name: 0.0 if name in heads else n_zeros / n_rest for name in shapes}
-
-
-# Schedules (sec. B.1.2, B.1.3) --------------------------------------------------------------------------------------
 
 
 def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: float = 0.0) -> float:
@@ -240,6 +237,7 @@ class Sparsifier:
 
     SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
     SETTINGS += ("final_drop_fraction", "total_updates", "schedule_start", "schedule_end", "power")
+    COUNTERS = ("updates", "topology_updates", "replaced", "pending")
     _of_weight = weakref.WeakValueDictionary()  # the living Sparsifiers by id of each weight that they mask
 
     @torch.no_grad()
@@ -382,10 +380,7 @@ class Sparsifier:
             "settings": {name: getattr(self, name) for name in self.SETTINGS},
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "generator": self.generator.get_state(),
-            "updates": self.updates,
-            "topology_updates": self.topology_updates,
-            "replaced": self.replaced,
-            "pending": self.pending,
+            **{name: getattr(self, name) for name in self.COUNTERS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -404,9 +399,8 @@ class Sparsifier:
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
         self.generator.set_state(state["generator"].cpu())
-        self.updates, self.topology_updates = state["updates"], state["topology_updates"]
-        self.replaced = state["replaced"]
-        self.pending = state.get("pending", False)  # older states have none
+        for name in self.COUNTERS:
+            setattr(self, name, state.get(name, False))  # older states lack `pending`
         self.checked = False
 
     def _layer_sparsity(self, name: str) -> float:
@@ -422,8 +416,8 @@ class Sparsifier:
 
     def _check(self) -> bool:
         """Whether the optimizer's gradients are finite, and if so, ValueError if a weight is not what it must be."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+        grads = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not all(grad.isfinite().all() for grad in grads if grad is not None and not grad.is_sparse):
             return False
         in_module = {id(parameter) for parameter in self.module.parameters()}
         for name, mask in self.masks.items():
@@ -435,8 +429,8 @@ class Sparsifier:
             moved = int(((weight != 0) & ~mask).count_nonzero())
             if moved:
                 raise ValueError(
-                    f"{name}: {moved} weights outside the mask are not 0. If layers were reset or weights loaded, call "
-                    "apply_to(module); if the optimizer was made anew, write sparsifier.optimizer = optimizer before"
+                    f"{name}: {moved} weights outside the mask are not 0: call apply_to(module) after resetting layers "
+                    "or loading weights, assign sparsifier.optimizer where it is made anew, use an element-wise one"
                 )
         return True
 
