@@ -29,7 +29,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator, NullLo
 from analysis import claims, statistics
 from analysis.runs import PUBLISHED_COLUMNS, Loaded, load_figure, load_published
 from experiments.__main__ import Parser, add_choice_of_runs, merged, positive
-from experiments.figures import FIGURES, MODULES
+from experiments.figures import FIGURES, MODULES, Size
 from experiments.figures import runs as declared_runs
 
 COLUMN, PAGE = 3.3, 6.9  # inches: the widths of a column and of a page of a two-column paper
@@ -566,12 +566,19 @@ class NothingToDraw(ValueError):
     """No run has come far enough. The message says which command to use."""
 
 
+SIZES = {
+    "paper": "",
+    "small": "Small size: a quarter of the paper's widths, 30,000 agent steps. ",
+    "toy": "Toy networks and runs. ",
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """What to load and how to draw it. The choice of runs is that of `experiments.figures.runs`."""
 
     runs_dir: str | Path = "runs"
-    toy: bool = False
+    size: Size = "paper"
     envs: tuple[str, ...] | None = None
     seeds: int | None = None
     only: dict[str, tuple[str, ...]] | None = None
@@ -582,7 +589,8 @@ class Options:
 
     def command(self, name: str, figure: str) -> str:
         """The `python -m experiments` command for the same runs."""
-        words = ["python", "-m", "experiments", name, figure, *(["--toy"] if self.toy else [])]
+        words = ["python", "-m", "experiments", name, figure]
+        words += [] if self.size == "paper" else [f"--{self.size}"]
         words += ["--envs", ",".join(self.envs)] if self.envs else []
         words += ["--seeds", str(self.seeds)] if self.seeds else []
         for flag, values in (self.only or {}).items():
@@ -597,7 +605,7 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
         NothingToDraw: no run has come far enough.
         ValueError: no such cell or folder, or no published curves that can be read.
     """
-    chosen = options.toy, options.envs, options.seeds, options.only
+    chosen = options.size, options.envs, options.seeds, options.only
     count = len(declared_runs(figure, *chosen))
     print(f"{figure}: loading {count:,} runs from {options.runs_dir}", file=sys.stderr, flush=True)
     loaded = load_figure(figure, options.runs_dir, *chosen)
@@ -605,7 +613,7 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
     if not there:
         raise NothingToDraw(f"no run of {figure} in {options.runs_dir}: start with {options.command('run', figure)}")
     print(f"{figure}: drawing {there:,} runs", file=sys.stderr, flush=True)
-    size = "Toy networks and runs. " if options.toy else ""
+    size = SIZES[options.size]
     if options.cost:
         table, caption, verdicts = costs(loaded, figure), size + cost_caption(loaded), []
         drawn = draw_costs(figure, table, caption)
@@ -620,7 +628,7 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
         caption = size + figure_caption(loaded, figure, table, options)
         drawn = draw(figure, table, caption, options.statistic)
         verdicts = claims.verdicts(loaded)
-    title = f"{FIGURES[figure].title}. {caption}"
+    title = f"{FIGURES[figure].title.format(env=task_names(loaded.runs))}. {caption}"
     return drawn, table, "\n\n".join(filter(None, [title, loaded.report(), "\n".join(map(str, verdicts))]))
 
 
@@ -716,7 +724,8 @@ def main(argv: list[str]) -> int:
         except (ValueError, OSError) as error:
             skipped.append(str(error))
             continue
-        paths = save(drawn, table, text, out / f"{figure}{'-cost' if options.cost else ''}")
+        size = "" if options.size == "paper" else f"-{options.size}"
+        paths = save(drawn, table, text, out / f"{figure}{size}{'-cost' if options.cost else ''}")
         print(f"{figure}: {text}\n\nwrote {', '.join(map(str, paths))}\n", flush=True)
     for reason in skipped:
         print(f"{'skipped' if asked == 'all' else 'error'}: {reason}", file=sys.stderr)

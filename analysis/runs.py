@@ -16,7 +16,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import floor, nan, prod
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Loaded:
 def load_figure(
     figure: str,
     runs_dir: str | Path,
-    toy: bool = False,
+    size: figures.Size = "paper",
     envs: tuple[str, ...] | None = None,
     seeds: int | None = None,
     only: dict[str, tuple[str, ...]] | None = None,
@@ -109,15 +109,14 @@ def load_figure(
     Raises:
         ValueError: unknown figure, no such cell, or `runs_dir` is no folder; the message says what to write instead.
     """
-    chosen = figures.runs(figure, toy, envs, seeds, only)
+    chosen = figures.runs(figure, size, envs, seeds, only)
     flags = list(dict.fromkeys(flag for run in chosen for flag in run.cell if flag != "script"))
     rows = []
     for run in chosen:
-        script = run.cell["script"]
-        cell = {flag: value for flag, value in run.cell.items() if flag != "script"}
-        declared = _arguments(script, {**(figures.toy(script, cell) if toy else cell), "env_id": run.env})
-        at_paper_size = _arguments(script, {**cell, "env_id": run.env})
-        row = {"script": script, "env": run.env, "seed": run.seed} | {flag: at_paper_size.get(flag) for flag in flags}
+        declared = _arguments(run.script, {**run.settings, "env_id": run.env})
+        at_paper_size = _arguments(run.script, {**replace(run, size="paper").settings, "env_id": run.env})
+        row = {"script": run.script, "env": run.env, "seed": run.seed}
+        row |= {flag: at_paper_size.get(flag) for flag in flags}
         rows.append(row | {"exp_name": run.exp_name, "directory": run.directory, "declared": declared})
     return _load(figure, flags, rows, Path(runs_dir))
 

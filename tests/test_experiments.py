@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
-from experiments.figures import FIGURES, Run, defaults, runs
+from experiments.figures import FIGURES, Run, Size, defaults, runs, small_hours
 from experiments.status import exit_path, log_path, status
 from experiments.supervise import supervise
 from mst_mrq import save
 
-EVERY_RUN = [run for name in FIGURES for toy in (False, True) for run in runs(name, toy)]
+EVERY_RUN = [run for name in FIGURES for size in get_args(Size) for run in runs(name, size)]
 
 
 def test_no_two_runs_share_a_directory():
@@ -66,21 +67,28 @@ def test_a_figure_of_another_ones_runs_needs_no_more(part, whole):
     assert {run.directory for run in runs(part)} < {run.directory for run in runs(whole)}
 
 
-@pytest.mark.parametrize("toy", [False, True])
-def test_every_command_line_is_what_its_cell_says(toy):
-    distinct = {run.exp_name: run for run in EVERY_RUN if run.toy == toy}
-    scripts = {name: importlib.import_module(name) for name in ("mst_mrq", "mst_sac", "mst_ddpg", "mst_mrsac")}
-    for run in distinct.values():
-        script = scripts[run.cell["script"]]
+@pytest.mark.parametrize("size", get_args(Size))
+def test_every_command_line_is_what_its_cell_says(size):
+    for run in {run.exp_name: run for run in EVERY_RUN if run.size == size}.values():
+        script = importlib.import_module(run.script)
         args = tyro.cli(script.Args, args=run.arguments()[1:])
         script.validate(args)  # ends with exit code 2 at a wrong one
         assert run.directory == f"{args.env_id}__{args.exp_name}__{args.seed}"
-        expected = {
-            flag: value for flag, value in (defaults(script.__name__) | run.cell).items() if hasattr(args, flag)
-        }
-        if toy:  # it has sizes and clocks of its own
-            expected = {k: v for k, v in expected.items() if not k.endswith(("scale", "topology_update_interval"))}
+        expected = {flag: value for flag, value in (defaults(run.script) | run.cell).items() if hasattr(args, flag)}
+        if size == "toy":  # it has a clock of its own
+            del expected["topology_update_interval"]
         assert {flag: getattr(args, flag) for flag in expected} == expected
+        assert args.hidden_dim == {"paper": 512, "small": 128, "toy": 32}[size]
+
+
+def test_small_runs_of_figure_14_are_five_seeds_of_cheetah_at_scale_1():
+    chosen = runs("fig14", "small")
+    assert {(run.env, run.cell["width_scale"], run.cell["depth_scale"]) for run in chosen} == {("cheetah-run", 1, 1)}
+    assert len(chosen) == 5 * 5
+    assert chosen[0].directory == "cheetah-run__small-sac-w1d1-cdense-adense__1"
+    # 24 ms per agent step, measured: 25 runs of 30,000 steps
+    assert sum(map(small_hours, chosen)) == pytest.approx(25 * 30_000 * 0.024 / 3600)
+    assert {run.directory for run in chosen[:2]} < {run.directory for run in runs("fig13", "small")}
 
 
 def test_only_finds_a_value_that_cells_leave_out():
@@ -331,7 +339,7 @@ def test_wrong_usage_is_one_line_that_says_what_to_do(capsys, line, part):
 
 
 def test_status_counts_all_runs_and_tells_why_one_failed(tmp_path, capsys):
-    failed, *others = runs("fig17", toy=True)
+    failed, *others = runs("fig17", size="toy")
     log_path(tmp_path, failed.directory).parent.mkdir()
     log_path(tmp_path, failed.directory).write_text("agent step 0\nerror: the loss is not finite\n\n")
     exit_path(tmp_path, failed.directory).write_text("1")
@@ -382,7 +390,7 @@ def slurm(tmp_path, monkeypatch):
 def test_submit_passes_given_flags_only_and_leaves_finished_tasks_out(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figure = ["fig17", "--toy", "--only", "residual=pre,post", "--runs-per-task", "2"]  # 8 runs, tasks 0 to 3
-    for run in runs("fig17", toy=True)[2:5]:  # the whole of task 1, half of task 2
+    for run in runs("fig17", size="toy")[2:5]:  # the whole of task 1, half of task 2
         (tmp_path / "runs" / run.directory).mkdir(parents=True)
         save(tmp_path / "runs" / run.directory / "checkpoint.pt", {"finished": True})
     monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
