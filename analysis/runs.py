@@ -38,7 +38,7 @@ PUBLISHED_COLUMNS = ["env", "algo", "seed", "agent_step", "env_step", "return"]
 NOT_SETTINGS = (
     "exp_name", "seed", "torch_deterministic", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
     "runs_dir", "dry_run", "eval_only", "env_id", "log_interval", "checkpoint_interval", "diagnostics",
-    "eval_workers", "cuda_graphs", "compile", "overlap",
+    "eval_processes", "cuda_graphs", "compile",
 )  # fmt: skip
 PEAK_MEMORY = "charts/peak_memory_gib"
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +25,6 @@ from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
 from experiments.figures import FIGURES, Run, Size, defaults, runs, small_hours
 from experiments.status import exit_path, log_path, status
 from experiments.supervise import supervise
-from mst_mrq import save
 
 EVERY_RUN = [run for name in FIGURES for size in get_args(Size) for run in runs(name, size)]
 
@@ -142,13 +140,14 @@ def state(run_dir: Path) -> str:
     return status(run_dir.parent, run_dir.name).state
 
 
-@pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("exit_code", ["0", "1", "75", None])
-def test_a_run_is_finished_if_its_checkpoint_says_so(run_dir, finished, exit_code):
-    save(run_dir / "checkpoint.pt", {"finished": finished, "progress": {"agent_step": 3}, "agent": torch.zeros(100)})
+def test_a_run_is_finished_if_it_has_an_agent(run_dir, exit_code):
+    (run_dir / "checkpoint.pt").touch()
     if exit_code:
         exit_path(run_dir.parent, run_dir.name).write_text(exit_code)
-    assert state(run_dir) == ("finished" if finished else "failed" if exit_code == "1" else "resumable")
+    assert state(run_dir) == ("failed" if exit_code == "1" else "resumable")
+    (run_dir / "agent.pt").touch()
+    assert state(run_dir) == "finished"
 
 
 @pytest.mark.parametrize("exit_code", ["1", None])
@@ -166,11 +165,6 @@ def test_a_run_without_a_directory_is_missing_unless_it_failed(run_dir):
     assert state(run_dir) == "missing"
     exit_path(run_dir.parent, run_dir.name).write_text("2")
     assert state(run_dir) == "failed"
-
-
-def test_a_damaged_checkpoint_is_not_finished(run_dir):
-    (run_dir / "checkpoint.pt").write_bytes(b"PK not a zip file")
-    assert state(run_dir) == "resumable"
 
 
 def test_status_tells_the_last_whole_evaluation(run_dir):
@@ -304,7 +298,7 @@ def test_threads_and_gpus_of_the_user_are_kept_and_gpus_take_turns(watch, monkey
 def test_finished_and_running_runs_are_not_started(watch, capsys):
     for env in ("done", "elsewhere"):
         (watch.runs_dir / name(env)).mkdir()
-    save(watch.runs_dir / name("done") / "checkpoint.pt", {"finished": True})
+    (watch.runs_dir / name("done") / "agent.pt").touch()
     with open(watch.runs_dir / name("elsewhere") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert watch("done", "elsewhere", "ends", side_by_side=3) == 75  # one has still to be finished
@@ -392,7 +386,7 @@ def test_submit_passes_given_flags_only_and_leaves_finished_tasks_out(slurm, tmp
     figure = ["fig17", "--toy", "--only", "residual=pre,post", "--runs-per-task", "2"]  # 8 runs, tasks 0 to 3
     for run in runs("fig17", size="toy")[2:5]:  # the whole of task 1, half of task 2
         (tmp_path / "runs" / run.directory).mkdir(parents=True)
-        save(tmp_path / "runs" / run.directory / "checkpoint.pt", {"finished": True})
+        (tmp_path / "runs" / run.directory / "agent.pt").touch()
     monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
     assert main(["submit", *figure, "--time", "60", "--max-parallel", "1", "--", "--no-cuda"]) == 0
     tail = "fig17 --runs-per-task 2 --runs-dir runs --toy --only residual=pre,post -- --no-cuda"
