@@ -43,8 +43,8 @@ def status(runs_dir: Path, name: str) -> Status:
     """The status of the run with the directory `name`.
 
     The state is the first that holds: "finished" if there is an `agent.pt`, which is written last; "running" if a
-    process holds the run's lock; "failed" if the last process ended with a code other than 0 and 75; "missing" if there is no directory;
-    else "resumable".
+    process holds the run's lock; "failed" if the last process ended with a code other than 0 and 75; "missing" if
+    there is no directory; else "resumable".
     """
     run_dir = runs_dir / name
     try:
