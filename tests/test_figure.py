@@ -180,7 +180,7 @@ def test_a_regime_has_one_colour_in_all_figures_patches_for_bars_and_the_papers_
 
 def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
     keys = [figure.key(look) for look in list(figure.LOOKS.values())[:5]]
-    drawn = figure.Figure(figsize=(3.3, 2), layout="constrained")
+    drawn = figure.Figure(figsize=(3.2, 2), layout="constrained")
     figure.add_legend(drawn, keys)  # four would fit side by side
     drawn.draw_without_rendering()
     places = []
