@@ -121,23 +121,29 @@ def load_figure(
     return _load(figure, flags, rows, Path(runs_dir))
 
 
-def load_runs(runs_dir: str | Path) -> Loaded:
-    """Load all run directories in a folder, whatever they are of. `flags` are their arguments, from `config.json`.
+def load_runs(*folders: str | Path, sizes: bool = True) -> Loaded:
+    """Load any run directories, given by name or as the folders that hold them. `flags` are their arguments.
+
+    Args:
+        sizes: with parameters, FLOPs and peak memory, which takes a second per task and reads all event files.
 
     Raises:
-        ValueError: `runs_dir` holds no run.
+        ValueError: there is no run.
     """
-    configs = {path.parent: _config(path.parent) for path in sorted(Path(runs_dir).glob("*/config.json"))}
+    found = [
+        [folder] if (folder / "config.json").exists() else sorted(folder.glob("*/")) for folder in map(Path, folders)
+    ]
+    configs = {path: _config(path) for paths in found for path in paths if (path / "config.json").exists()}
     if not any(configs.values()):
-        raise ValueError(f"no run in {runs_dir}: give the folder that holds the run directories")
+        raise ValueError(f"no run in {', '.join(map(str, folders))}: give the folder that holds the run directories")
     arguments = {path: config["args"] for path, config in configs.items() if config}
     flags = list(dict.fromkeys(name for args in arguments.values() for name in args if name not in NOT_SETTINGS))
     rows = []
     for path, args in arguments.items():
         row = {"script": Path(configs[path]["command"][0]).stem, "env": args["env_id"], "seed": args["seed"]}
         row |= {flag: args.get(flag) for flag in flags}
-        rows.append(row | {"exp_name": args["exp_name"], "directory": path.name, "declared": args})
-    loaded = _load(None, flags, rows, Path(runs_dir))
+        rows.append(row | {"exp_name": args["exp_name"], "directory": path, "declared": args})
+    loaded = _load(None, flags, rows, Path(), sizes)
     loaded.problems += [f"damaged: config.json of {path.name} (left out)" for path in configs if not configs[path]]
     return loaded
 
@@ -154,7 +160,7 @@ def load_published(path: str | Path) -> pd.DataFrame:
     return frame[PUBLISHED_COLUMNS]
 
 
-def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path) -> Loaded:
+def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path, sizes: bool = True) -> Loaded:
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the one that holds the run directories")
     evaluations, problems, deviations = [], [], {}
@@ -176,16 +182,17 @@ def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path
             "state": "missing" if not own else "complete" if last["agent_step"] >= args["total_timesteps"] else "short",
             "agent_step": last["agent_step"],
             "total_timesteps": args["total_timesteps"],
-            **size(row["script"], args),
             "wall_seconds": last["wall_seconds"],
-            "peak_memory_gib": max(_scalars(str(path), (PEAK_MEMORY,)).values(), default=nan),
             "git_commit": config.get("git_commit") if config else None,
         }
+        if sizes:
+            row |= size(row["script"], args)
+            row["peak_memory_gib"] = max(_scalars(str(path), (PEAK_MEMORY,)).values(), default=nan)
     for text, names in deviations.items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         problems.append(f"not as declared: {text} in {len(names)} of {len(rows)} runs ({shown})")
     runs = pd.DataFrame(rows)
-    for env in runs.loc[runs["parameters"].isna(), "env"].unique():
+    for env in runs.loc[runs["parameters"].isna(), "env"].unique() if sizes else ():
         problems.append(f"no parameters and FLOPs: {env} cannot be made here")
     loaded = Loaded(figure, flags, runs, pd.DataFrame(), problems)
     found = pd.DataFrame(evaluations, columns=["directory", *EVALUATION_COLUMNS]).astype(EVALUATION_COLUMNS)

@@ -44,12 +44,12 @@ def test_notebook_runs(path, runs_dir, monkeypatch):
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
-    drawing = [cell for cell in notebook.cells if cell.source.startswith("show(")]
+    drawing = [cell for cell in notebook.cells if cell.source.startswith("show(") or "\ndraw(" in f"\n{cell.source}"]
     assert drawing
     for cell in drawing:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell
         printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # in pieces
-        assert "missing: cartpole-balance__toy-" in printed
+        assert "missing: cartpole-balance__toy-" in printed or path.stem == "curves"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -62,4 +62,4 @@ def test_notebook_is_stored_without_output(path):
 
 
 def test_there_is_a_notebook_per_section():
-    assert [path.stem for path in NOTEBOOKS] == ["actor", "algorithms", "critic", "encoder", "mst"]
+    assert [path.stem for path in NOTEBOOKS] == ["actor", "algorithms", "critic", "curves", "encoder", "mst"]
