@@ -1,4 +1,4 @@
-# `make demo` trains a small agent, `make test` runs the tests. Both install what they need into .venv.
+# `make demo` trains a small agent and draws its curve, `make test` runs the tests. Both install what they need into .venv.
 # `make test-slurm` sends a figure through a real Slurm; as root on Debian, where it installs slurm-wlm and munge.
 PYTHON ?= python3
 DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
@@ -9,6 +9,7 @@ DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 
 
 demo: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python mst_mrq.py $(DEMO)
+	.venv/bin/python -m analysis.curves runs/cartpole-swingup__demo__* --out figures/demo
 
 test: .venv/installed
 	.venv/bin/ruff check .

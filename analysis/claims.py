@@ -5,7 +5,8 @@
 
 Scores are final returns (`statistics.final_performance`) of complete runs, a cell's score is their IQM over all runs of
 all tasks, and intervals are those of `statistics.interval`. "confirmed" and "refuted" are said only where the interval
-excludes "no effect" and every cell has at least `MIN_RUNS` runs on each task; everything else is "not enough runs".
+excludes "no effect" and every cell has at least `MIN_RUNS` runs on each task. Else it is "not enough runs" while runs
+are missing, and "inconclusive" when all are there.
 """
 
 import math
@@ -29,7 +30,7 @@ class Verdict:
     Attributes:
         claim: the statement.
         figure: the figure whose runs were used.
-        verdict: "confirmed", "refuted" or "not enough runs".
+        verdict: "confirmed", "refuted", "inconclusive" or "not enough runs".
         effect, low, high: estimate and 95% interval; NaN where they cannot be computed.
         what: what the effect is, such as "dst - dense".
         unit: of the effect, such as "return".
@@ -119,7 +120,7 @@ class Evidence:
         if fewest > 0:
             effect = float(effect_of(*scores))
             low, high = map(float, interval(effect_of, *scores, confidence=confidence))
-        verdict = "not enough runs"
+        verdict = "not enough runs" if missing or fewest < MIN_RUNS else "inconclusive"
         if fewest >= MIN_RUNS:
             below, above = (null - high, null - low) if less else (low - null, high - null)
             if below > 0 or (or_equal and below == 0):
@@ -152,7 +153,7 @@ class Evidence:
             )
             for other, cells in others.items()
         ]  # fmt: skip
-        order = ("refuted", "not enough runs", "confirmed")
+        order = ("refuted", "not enough runs", "inconclusive", "confirmed")
         return min(found, key=lambda verdict: (order.index(verdict.verdict), verdict.effect))
 
 
@@ -312,10 +313,22 @@ def mst_scales_where_dense_degrades(loaded: Loaded) -> list[Verdict]:
 
 
 def mst_is_best_assignment(loaded: Loaded) -> list[Verdict]:
-    """Fig. 14."""
-    others = {f"critic {c} actor {a}": [{"critic_regime": c, "actor_regime": a}] for c, a in figures.PAIRS}
-    mst = others.pop("critic dst actor sst")
-    return [_returns(loaded).best("MST is the best assignment of regimes to critic and actor", "MST", mst, others)]
+    """Fig. 14, section 4: "introducing dynamicity benefits the critic [...] while proving detrimental to the actor"."""
+    pairs = {pair: {"critic_regime": pair[0], "actor_regime": pair[1]} for pair in figures.PAIRS}
+    others = {f"critic {c} actor {a}": [cell] for (c, a), cell in pairs.items() if cell != figures.MST}
+
+    def of(module: str, regime: str) -> list[dict]:
+        return [cell for cell in pairs.values() if cell[f"{module}_regime"] == regime]
+
+    evidence, dst, sst = _returns(loaded), of("actor", "dst"), of("actor", "sst")
+    critic, actor = "dst - sst critic, mean over actors", "sst - dst actor, mean over critics"
+    spread, by_spread = "standard deviation over seeds, dst - sst actor, mean over critics", _spread_over_seeds
+    return [
+        evidence.best("MST is the best assignment of regimes to critic and actor", "MST", [figures.MST], others),
+        evidence.difference("A dynamic topology helps the critic", critic, of("critic", "dst"), of("critic", "sst")),
+        evidence.difference("A static topology is better for the actor", actor, sst, dst),
+        _returns(loaded, by_spread).difference("dst destabilises the actor", spread, dst, sst),
+    ]
 
 
 def pre_residual_over_post(loaded: Loaded) -> list[Verdict]:

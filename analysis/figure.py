@@ -6,8 +6,8 @@
     python -m analysis.figure all --toy                       # every figure that has runs
 
 For each figure it writes a PNG, a PDF, a CSV of exactly the numbers drawn and a text with what is missing and what the
-runs say about the paper's claims. `FORMS` says how each figure is drawn. Exit codes: 0 drawn, 2 nothing to draw or
-wrong usage.
+runs say about the claims: `fig06.png`, or `fig06-small.png` and `fig06-toy.png` at those sizes. `FORMS` says how
+each figure is drawn. Exit codes: 0 drawn, 2 nothing to draw or wrong usage.
 """
 
 import shlex
@@ -24,12 +24,13 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from analysis import claims, statistics
 from analysis.runs import PUBLISHED_COLUMNS, Loaded, load_figure, load_published
 from experiments.__main__ import Parser, add_choice_of_runs, merged, positive
-from experiments.figures import FIGURES, MODULES
+from experiments.figures import FIGURES, MODULES, Size
 from experiments.figures import runs as declared_runs
 
 COLUMN, PAGE = 3.3, 6.9  # inches: the widths of a column and of a page of a two-column paper
@@ -41,6 +42,8 @@ STYLE = {
     "pdf.fonttype": 42, "figure.dpi": 150,
 }  # fmt: skip
 SMALL = 7  # points, the smallest text
+UNCLIPPED = {"clip_on": False, "in_layout": False}  # for markers, which no axis cuts off
+LEVEL = 3  # labels of sizes that fit side by side; more are slanted
 
 
 class Look(NamedTuple):
@@ -64,9 +67,9 @@ LOOKS = {
     "MST": Look("MST", "#D55E00", "^"),
     "pre": Look("pre-layer residual", "#595959", "o"),
     "post": Look("post-layer residual", "#56B4E9", "v", "--"),
-    "0.1": Look("drop fraction 0.1", "#56B4E9", "o"),
-    "0.3": Look("drop fraction 0.3", "#000000", "s"),
-    "0.5": Look("drop fraction 0.5", "#D55E00", "^"),
+    "0.1": Look("0.1", "#56B4E9", "o"),
+    "0.3": Look("0.3", "#000000", "s"),
+    "0.5": Look("0.5", "#D55E00", "^"),
     "mrq, published": Look("MR.Q, published", "#000000", "", ":"),
     "sac, published": Look("SAC, published", "#000000", "", ":"),
     "sac_simba, published": Look("SimBa, published", "#000000", "", "--"),
@@ -101,6 +104,7 @@ class Form:
     point: str = ""
     measures: tuple[str, ...] = ()
     dashed: tuple[str, ...] = ()  # series
+    legend: str | None = None  # its title
     wrap: int = 6  # panels side by side
 
 
@@ -145,9 +149,12 @@ FORMS = {
     "fig26": Form("lines", "strategy", "dimension", "env", "parameters", "size", dashed=("dense",)),
     "one-strategy": Form("lines", "strategy", "env", x="parameters", point="scale"),
     "sparsity": Form("lines", "strategy", "env", x="critic_sparsity", point="critic_sparsity"),
-    "rigl": Form("lines", "drop_fraction", "env", x="topology_update_interval", point="topology_update_interval"),
+    "rigl": Form(
+        "lines", "drop_fraction", "env", x="topology_update_interval", point="topology_update_interval",
+        legend="Drop fraction",
+    ),
     "distribution": Form("bars", "strategy", row="env", x="distribution", point="distribution"),
-}
+}  # fmt: skip
 FLAGS = {
     "distribution": "Distribution",
     "growth": "Growth criterion",
@@ -352,7 +359,7 @@ def cell_name(flag: str, value) -> str:
 
 
 def draw(figure: str, table: pd.DataFrame, caption: str, statistic: str = "iqm") -> Figure:
-    """Draw what `numbers` gives, at the size that it has in print. The caption goes below the panels."""
+    """Draw what `numbers` gives, at the size that it has in print. The caption, if any, goes below the panels."""
     form = FORMS[figure]
     rows, columns = list(table["row"].unique()), in_order(table["column"])
     places = [(row, column) for row in rows for column in columns]
@@ -362,14 +369,15 @@ def draw(figure: str, table: pd.DataFrame, caption: str, statistic: str = "iqm")
     many = len(table[table["row"] == rows[0]]) > 10 if bars else len(columns) > 2
     width = PAGE if many else COLUMN
     ratios = [table[table["column"] == column]["point"].nunique() + 0.5 for column in columns] if bars else None
-    looks = [look(name, form) for name in table["series"].unique()]
-    keys = -(-len(looks) // legend_columns(looks, width))  # lines of the legend
-    height = 0.6 + 0.15 * keys + (1.5 if down == 1 else 1.4 if bars else 1.15) * down
+    keys = [key(look(name, form), bars) for name in table["series"].unique()]
+    legend_lines = -(-len(keys) // legend_columns([key.get_label() for key in keys], width)) + bool(form.legend)
+    slanted = 0.12 if lines and table["point"].nunique() > LEVEL else 0
+    height = 0.6 + 0.15 * legend_lines + (1.5 if down == 1 else 1.4 if bars else 1.15 + slanted) * down
     # returns on a task have one scale
     sharey = "col" if form.column == "env" else True if lines and form.row != "env" else "row"
     with rc_context(STYLE):
         fig = Figure(figsize=(width, height), layout="constrained")
-        body = add_caption(fig, caption)
+        body = add_caption(fig, caption) if caption else fig
         axes = body.subplots(
             down, across, squeeze=False, width_ratios=ratios, sharey=sharey, sharex=form.kind == "curves"
         )
@@ -379,18 +387,22 @@ def draw(figure: str, table: pd.DataFrame, caption: str, statistic: str = "iqm")
             title = panel_title(form, column) if row == rows[0] else ""
             ax.set_title("\n".join(filter(None, [title, incomplete(panel)])))
         for ax in axes.flat:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(bottom=min(0, ax.get_ylim()[0]) if table["value"].min() < 0 else 0)
+            ax.yaxis.set_major_locator(ticks(5))
         if len(rows) > 1 or form.kind == "curves":
             for ax, row in zip(axes[:, 0], rows, strict=True):
                 ax.set_ylabel(textwrap.fill(row, 14, break_on_hyphens=False, break_long_words=False))
+        labels = {"fontsize": STYLE["axes.labelsize"]}
         if form.kind != "curves":
-            unit = {"iqm": "IQM", "mean": "mean"}[statistic]
-            body.supylabel(f"Final return ({unit})", fontsize=STYLE["axes.labelsize"])
-        body.supxlabel(
-            "Agent steps" if form.kind == "curves" else AXES.get(form.x, ""), fontsize=STYLE["axes.labelsize"]
-        )
-        add_legend(body, looks, line="" if bars else None)
+            body.supylabel(f"Final return ({statistic.replace('iqm', 'IQM')})", **labels)
+        body.supxlabel("Agent steps" if form.kind == "curves" else AXES.get(form.x, ""), **labels)
+        add_legend(body, keys, form.legend)
     return fig
+
+
+def ticks(most: int) -> MaxNLocator:
+    """At round numbers, three at least."""
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3)
 
 
 def published(table: pd.DataFrame) -> pd.Series:
@@ -427,7 +439,7 @@ def look(series: str, form: Form) -> Look:
 
 
 def draw_bars(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
-    """A bar that lacks runs is hollow, with the number of those that it has above it."""
+    """A bar that lacks runs is hollow, with the number of those that it has above it, or "no run" in its place."""
     points, series = in_order(panel["point"]), list(panel["series"].unique())
     width = 0.84 / len(series) if len(series) > 1 else 0.6
     for bar in panel.itertuples():
@@ -437,8 +449,9 @@ def draw_bars(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
         ax.bar(x, bar.value, width, color=face, edgecolor=edge, linewidth=0.6)
         ax.vlines(x, bar.low, bar.high, color="black", linewidth=0.8)
         if not whole:
-            top = np.nanmax([0, bar.value, bar.high])
-            ax.annotate(f"{bar.n}", (x, top), (0, 2), textcoords="offset points", fontsize=SMALL, ha="center")
+            text, angle = (f"{bar.n}", 0) if bar.n else ("no run", 90)
+            at = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "rotation": angle}
+            ax.annotate(text, (x, np.nanmax([0, bar.value, bar.high])), fontsize=SMALL, **at)
     ax.set_xticks(range(len(points)), [TYPES.get(point, VALUES.get(point, point)) for point in points])
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.6, len(points) - 0.4)
@@ -457,24 +470,19 @@ def draw_line(ax: Axes, line: pd.DataFrame, style: Look, every: int = 1, start: 
     marked = line.iloc[start::every]
     whole = marked["n"] == marked["expected"]
     for part, face in ((marked[whole], style.color), (marked[~whole], "white")):
-        ax.plot(
-            part["x"], part["value"], marker=style.marker, linestyle="", color=style.color, markerfacecolor=face,
-            zorder=3,
-        )  # fmt: skip
+        markers = {"marker": style.marker, "linestyle": "", "color": style.color, "markerfacecolor": face, "zorder": 3}
+        ax.plot(part["x"], part["value"], **markers, **UNCLIPPED)
 
 
 def draw_lines(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
     for series, line in panel.groupby("series", sort=False):
         draw_line(ax, line.sort_values("x"), look(series, form))
-    if form.x == "critic_sparsity":
-        ax.xaxis.set_major_locator(MultipleLocator(0.1))
-        ax.margins(x=0.08)
-    else:
-        sizes = panel.groupby("point")["x"].mean()
-        shown = sizes.iloc[:: max(1, (len(sizes) - 1) // 2)]  # of five sizes the first, middle and last
-        ax.set_xscale("log")
-        ax.set_xticks(sizes, [short_number(x) if x in set(shown) else "" for x in sizes])
-        ax.xaxis.set_minor_locator(NullLocator())
+    sizes, linear = panel.groupby("point")["x"].mean(), form.x == "critic_sparsity"
+    ax.set_xscale("linear" if linear else "log")
+    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(sizes) > LEVEL else {}
+    ax.set_xticks(sizes, [f"{x:g}" if linear else short_number(x) for x in sizes], **slant)
+    ax.xaxis.set_minor_locator(NullLocator())
+    if not linear:
         room = max(sizes.max() / sizes.min(), 2) ** 0.08  # explicit, for panels without runs
         ax.set_xlim(sizes.min() / room, sizes.max() * room)
 
@@ -493,26 +501,31 @@ def draw_curves(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
         every = max(1, len(line) // 4)  # few markers, at other steps than those of the other lines
         start = min(int((i + 0.5) * every / len(lines)), len(line) - 1)
         draw_line(ax, line.sort_values("x"), look(series, form), every, start)
-    ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2.5, 5, 10]))
+    ax.xaxis.set_major_locator(ticks(3))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def add_legend(body: SubFigure, looks: list[Look], line: str | None = None) -> None:
-    """Above everything. The keys have no lines if `line` is ""."""
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle=dash if line is None else line, label=label)
-        for label, color, marker, dash in looks
-    ]
-    if len(handles) > 1:
-        columns = legend_columns(looks, body.figure.get_figwidth())
-        body.legend(handles=handles, loc="outside upper center", ncols=columns)
+def key(look: Look, patch: bool = False, line: str | None = None) -> Patch | Line2D:
+    """A legend's key: a patch for bars, else a line with a marker, or the marker alone if `line` is ""."""
+    if patch:
+        return Patch(color=look.color, label=look.label)
+    dash = look.dash if line is None else line
+    return Line2D([], [], color=look.color, marker=look.marker, linestyle=dash, label=look.label)
 
 
-def legend_columns(looks: list[Look], width: float) -> int:
-    """As many as fit into a width in inches."""
-    wide = [0.058 * len(entry.label) + 0.45 for entry in looks]
-    fitting = [n for n in range(1, len(looks) + 1) if sum(map(max, np.array_split(wide, n))) < width]
-    return max(fitting, default=1)
+def add_legend(body: Figure | SubFigure, keys: list, title: str | None = None) -> None:
+    """Above everything, row by row."""
+    if len(keys) > 1:
+        n = legend_columns([key.get_label() for key in keys], body.get_figure(root=True).get_figwidth())
+        by_row = [key for column in range(n) for key in keys[column::n]]  # matplotlib fills column by column
+        body.legend(handles=by_row, loc="outside upper center", ncols=n, title=title)
+
+
+def legend_columns(labels: list[str], width: float) -> int:
+    """As many as fit into a width in inches and leave no entry alone in the last row."""
+    wide = [0.058 * len(label) + 0.45 for label in labels]
+    fitting = [n for n in range(1, len(wide) + 1) if sum(max(wide[column::n]) for column in range(n)) < width]
+    return max((n for n in fitting if len(wide) % n != 1), default=1)
 
 
 def add_caption(fig: Figure, caption: str) -> SubFigure:
@@ -530,32 +543,33 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
     """Draw what `costs` gives: a line of text per cell, a marker per series."""
     cells, series = list(table["cell"].unique()), list(table["series"].unique())
     heights = 0.08 + 0.06 * len(series)
+    unit, per_hour = ("h", 1) if table["hours"].max() >= 1 else ("min", 60)
     with rc_context(STYLE):
         fig = Figure(figsize=(PAGE, 0.9 + heights * len(cells)), layout="constrained")
-        body = add_caption(fig, caption)
+        body = add_caption(fig, caption) if caption else fig
         axes = body.subplots(1, 3, sharey=True)
         for point in table.itertuples():
             style = look(point.series, FORMS[figure])
             y = cells.index(point.cell) + 0.7 * ((series.index(point.series) + 0.5) / len(series) - 0.5)
-            drawn = {"color": style.color, "marker": style.marker, "linestyle": "", "markersize": 3.5}
+            drawn = {"color": style.color, "marker": style.marker, "linestyle": "", "markersize": 3.5} | UNCLIPPED
             whole = style.color if point.n == point.expected else "white"
-            for ax, name in zip(axes, ("hours", "gib"), strict=False):
-                ax.hlines(
-                    y, getattr(point, f"{name}_low"), getattr(point, f"{name}_high"), color=style.color, linewidth=0.8
-                )
-                ax.plot(getattr(point, name), y, markerfacecolor=whole, **drawn)
+            for ax, name, factor in zip(axes, ("hours", "gib"), (per_hour, 1), strict=False):
+                low, value, high = (factor * getattr(point, name + end) for end in ("_low", "", "_high"))
+                ax.hlines(y, low, high, color=style.color, linewidth=0.8)
+                ax.plot(value, y, markerfacecolor=whole, **drawn)
             axes[2].plot([point.sparse_flops / 1e6, point.flops / 1e6], [y, y], color=style.color, linewidth=0.6)
-            axes[2].plot(point.flops / 1e6, y, **{**drawn, "marker": "|"})
+            axes[2].plot(point.flops / 1e6, y, **drawn | {"marker": "|"})
             axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
-        for ax, label in zip(axes, ("Wall-clock time (h)", "Peak memory (GiB)", "MFLOPs per sample"), strict=True):
+        labels = (f"Wall-clock time ({unit})", "Peak memory (GiB)", "MFLOPs per sample")
+        for ax, label in zip(axes, labels, strict=True):
             ax.set_xlabel(label)
             ax.set_xlim(0, 1.06 * ax.get_xlim()[1])
-            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.xaxis.set_major_locator(ticks(4))
             ax.grid(axis="y", color="0.9", linewidth=0.5)
             ax.set_axisbelow(True)
         axes[0].set_yticks(range(len(cells)), cells)
         axes[0].set_ylim(len(cells) - 0.4, -0.6)
-        add_legend(body, [look(name, FORMS[figure]) for name in series], line="")
+        add_legend(body, [key(look(name, FORMS[figure]), line="") for name in series])
     return fig
 
 
@@ -566,12 +580,19 @@ class NothingToDraw(ValueError):
     """No run has come far enough. The message says which command to use."""
 
 
+SIZES = {
+    "paper": "",
+    "small": "Small size (a quarter of the paper's widths,{} 30,000 agent steps), no evidence about larger networks. ",
+    "toy": "Toy networks and runs, no evidence about anything. ",
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """What to load and how to draw it. The choice of runs is that of `experiments.figures.runs`."""
 
     runs_dir: str | Path = "runs"
-    toy: bool = False
+    size: Size = "paper"
     envs: tuple[str, ...] | None = None
     seeds: int | None = None
     only: dict[str, tuple[str, ...]] | None = None
@@ -579,10 +600,12 @@ class Options:
     statistic: str = "iqm"
     last: int | None = None
     cost: bool = False
+    caption: bool = True  # in the drawing; the text has one in any case
 
     def command(self, name: str, figure: str) -> str:
         """The `python -m experiments` command for the same runs."""
-        words = ["python", "-m", "experiments", name, figure, *(["--toy"] if self.toy else [])]
+        words = ["python", "-m", "experiments", name, figure]
+        words += [] if self.size == "paper" else [f"--{self.size}"]
         words += ["--envs", ",".join(self.envs)] if self.envs else []
         words += ["--seeds", str(self.seeds)] if self.seeds else []
         for flag, values in (self.only or {}).items():
@@ -597,7 +620,7 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
         NothingToDraw: no run has come far enough.
         ValueError: no such cell or folder, or no published curves that can be read.
     """
-    chosen = options.toy, options.envs, options.seeds, options.only
+    chosen = options.size, options.envs, options.seeds, options.only
     count = len(declared_runs(figure, *chosen))
     print(f"{figure}: loading {count:,} runs from {options.runs_dir}", file=sys.stderr, flush=True)
     loaded = load_figure(figure, options.runs_dir, *chosen)
@@ -605,10 +628,12 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
     if not there:
         raise NothingToDraw(f"no run of {figure} in {options.runs_dir}: start with {options.command('run', figure)}")
     print(f"{figure}: drawing {there:,} runs", file=sys.stderr, flush=True)
-    size = "Toy networks and runs. " if options.toy else ""
+    changes = FIGURES[figure].small if options.size == "small" else {}
+    size = SIZES[options.size].format("".join(f" {flag.replace('_', ' ')} {x}," for flag, x in changes.items()))
     if options.cost:
-        table, caption, verdicts = costs(loaded, figure), size + cost_caption(loaded), []
-        drawn = draw_costs(figure, table, caption)
+        table = costs(loaded, figure)
+        caption, verdicts = size + cost_caption(loaded, table), []
+        drawn = draw_costs(figure, table, caption if options.caption else "")
     else:
         table = numbers(loaded, figure, options.statistic, options.last)
         if table["value"].isna().all():
@@ -618,9 +643,9 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
             others = others[others["x"] <= table["x"].max()]
             table = pd.concat([table, others.merge(table[["row", "column"]].drop_duplicates(), on="row")])
         caption = size + figure_caption(loaded, figure, table, options)
-        drawn = draw(figure, table, caption, options.statistic)
+        drawn = draw(figure, table, caption if options.caption else "", options.statistic)
         verdicts = claims.verdicts(loaded)
-    title = f"{FIGURES[figure].title}. {caption}"
+    title = f"{FIGURES[figure].title.format(env=task_names(loaded.runs))}. {caption}"
     return drawn, table, "\n\n".join(filter(None, [title, loaded.report(), "\n".join(map(str, verdicts))]))
 
 
@@ -650,11 +675,12 @@ def figure_caption(loaded: Loaded, figure: str, table: pd.DataFrame, options: Op
     return caption
 
 
-def cost_caption(loaded: Loaded) -> str:
+def cost_caption(loaded: Loaded, table: pd.DataFrame) -> str:
+    hollow = " Hollow: runs are missing." if (table["n"] < table["expected"]).any() else ""
     return (
         f"Mean and range over {loaded.runs['seed'].nunique()} seeds on {task_names(loaded.runs)}; time and memory "
         "depend on the machine. FLOPs of one forward pass of all modules: strokes of all weights, markers of the "
-        "active ones (theoretical: the code multiplies dense matrices). Hollow: runs are missing."
+        f"active ones (theoretical: the code multiplies dense matrices).{hollow}"
     )
 
 
@@ -703,6 +729,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the runs (iqm)")
     parser.add_argument("--last", type=positive, metavar="K", help="evaluations in a final return (the last tenth)")
+    parser.add_argument("--no-caption", dest="caption", action="store_false", help="none below the panels")
     parser.add_argument("--cost", action="store_true", help="wall-clock time, memory and FLOPs of the cells instead")
     args = vars(parser.parse_args(argv))
     asked, out = args.pop("figure"), args.pop("out")
@@ -716,7 +743,8 @@ def main(argv: list[str]) -> int:
         except (ValueError, OSError) as error:
             skipped.append(str(error))
             continue
-        paths = save(drawn, table, text, out / f"{figure}{'-cost' if options.cost else ''}")
+        size = "" if options.size == "paper" else f"-{options.size}"
+        paths = save(drawn, table, text, out / f"{figure}{size}{'-cost' if options.cost else ''}")
         print(f"{figure}: {text}\n\nwrote {', '.join(map(str, paths))}\n", flush=True)
     for reason in skipped:
         print(f"{'skipped' if asked == 'all' else 'error'}: {reason}", file=sys.stderr)

@@ -16,7 +16,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import floor, nan, prod
 from pathlib import Path
 
@@ -38,7 +38,7 @@ PUBLISHED_COLUMNS = ["env", "algo", "seed", "agent_step", "env_step", "return"]
 NOT_SETTINGS = (
     "exp_name", "seed", "torch_deterministic", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
     "runs_dir", "dry_run", "eval_only", "env_id", "log_interval", "checkpoint_interval", "diagnostics",
-    "eval_workers", "cuda_graphs", "compile", "overlap",
+    "eval_processes", "cuda_graphs", "compile",
 )  # fmt: skip
 PEAK_MEMORY = "charts/peak_memory_gib"
 
@@ -99,7 +99,7 @@ class Loaded:
 def load_figure(
     figure: str,
     runs_dir: str | Path,
-    toy: bool = False,
+    size: figures.Size = "paper",
     envs: tuple[str, ...] | None = None,
     seeds: int | None = None,
     only: dict[str, tuple[str, ...]] | None = None,
@@ -109,36 +109,41 @@ def load_figure(
     Raises:
         ValueError: unknown figure, no such cell, or `runs_dir` is no folder; the message says what to write instead.
     """
-    chosen = figures.runs(figure, toy, envs, seeds, only)
+    chosen = figures.runs(figure, size, envs, seeds, only)
     flags = list(dict.fromkeys(flag for run in chosen for flag in run.cell if flag != "script"))
     rows = []
     for run in chosen:
-        script = run.cell["script"]
-        cell = {flag: value for flag, value in run.cell.items() if flag != "script"}
-        declared = _arguments(script, {**(figures.toy(script, cell) if toy else cell), "env_id": run.env})
-        at_paper_size = _arguments(script, {**cell, "env_id": run.env})
-        row = {"script": script, "env": run.env, "seed": run.seed} | {flag: at_paper_size.get(flag) for flag in flags}
+        declared = _arguments(run.script, {**run.settings, "env_id": run.env})
+        at_paper_size = _arguments(run.script, {**replace(run, size="paper").settings, "env_id": run.env})
+        row = {"script": run.script, "env": run.env, "seed": run.seed}
+        row |= {flag: at_paper_size.get(flag) for flag in flags}
         rows.append(row | {"exp_name": run.exp_name, "directory": run.directory, "declared": declared})
     return _load(figure, flags, rows, Path(runs_dir))
 
 
-def load_runs(runs_dir: str | Path) -> Loaded:
-    """Load all run directories in a folder, whatever they are of. `flags` are their arguments, from `config.json`.
+def load_runs(*folders: str | Path, sizes: bool = True) -> Loaded:
+    """Load any run directories, given by name or as the folders that hold them. `flags` are their arguments.
+
+    Args:
+        sizes: with parameters, FLOPs and peak memory, which takes a second per task and reads all event files.
 
     Raises:
-        ValueError: `runs_dir` holds no run.
+        ValueError: there is no run.
     """
-    configs = {path.parent: _config(path.parent) for path in sorted(Path(runs_dir).glob("*/config.json"))}
+    found = [
+        [folder] if (folder / "config.json").exists() else sorted(folder.glob("*/")) for folder in map(Path, folders)
+    ]
+    configs = {path: _config(path) for paths in found for path in paths if (path / "config.json").exists()}
     if not any(configs.values()):
-        raise ValueError(f"no run in {runs_dir}: give the folder that holds the run directories")
+        raise ValueError(f"no run in {', '.join(map(str, folders))}: give the folder that holds the run directories")
     arguments = {path: config["args"] for path, config in configs.items() if config}
     flags = list(dict.fromkeys(name for args in arguments.values() for name in args if name not in NOT_SETTINGS))
     rows = []
     for path, args in arguments.items():
         row = {"script": Path(configs[path]["command"][0]).stem, "env": args["env_id"], "seed": args["seed"]}
         row |= {flag: args.get(flag) for flag in flags}
-        rows.append(row | {"exp_name": args["exp_name"], "directory": path.name, "declared": args})
-    loaded = _load(None, flags, rows, Path(runs_dir))
+        rows.append(row | {"exp_name": args["exp_name"], "directory": path, "declared": args})
+    loaded = _load(None, flags, rows, Path(), sizes)
     loaded.problems += [f"damaged: config.json of {path.name} (left out)" for path in configs if not configs[path]]
     return loaded
 
@@ -155,7 +160,7 @@ def load_published(path: str | Path) -> pd.DataFrame:
     return frame[PUBLISHED_COLUMNS]
 
 
-def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path) -> Loaded:
+def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path, sizes: bool = True) -> Loaded:
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the one that holds the run directories")
     evaluations, problems, deviations = [], [], {}
@@ -177,16 +182,17 @@ def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path
             "state": "missing" if not own else "complete" if last["agent_step"] >= args["total_timesteps"] else "short",
             "agent_step": last["agent_step"],
             "total_timesteps": args["total_timesteps"],
-            **size(row["script"], args),
             "wall_seconds": last["wall_seconds"],
-            "peak_memory_gib": max(_scalars(str(path), (PEAK_MEMORY,)).values(), default=nan),
             "git_commit": config.get("git_commit") if config else None,
         }
+        if sizes:
+            row |= size(row["script"], args)
+            row["peak_memory_gib"] = max(_scalars(str(path), (PEAK_MEMORY,)).values(), default=nan)
     for text, names in deviations.items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         problems.append(f"not as declared: {text} in {len(names)} of {len(rows)} runs ({shown})")
     runs = pd.DataFrame(rows)
-    for env in runs.loc[runs["parameters"].isna(), "env"].unique():
+    for env in runs.loc[runs["parameters"].isna(), "env"].unique() if sizes else ():
         problems.append(f"no parameters and FLOPs: {env} cannot be made here")
     loaded = Loaded(figure, flags, runs, pd.DataFrame(), problems)
     found = pd.DataFrame(evaluations, columns=["directory", *EVALUATION_COLUMNS]).astype(EVALUATION_COLUMNS)

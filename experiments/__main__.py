@@ -2,7 +2,7 @@
 
     python -m experiments list
     python -m experiments commands fig06                # one command line per run
-    python -m experiments run fig06 --toy --jobs 2      # all runs on this machine, two at a time
+    python -m experiments run fig14 --small --jobs 2    # all runs on this machine, two at a time
     python -m experiments submit fig06 --time 24:00:00 --gpus 1 --runs-per-task 4
     python -m experiments status fig06
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.figures import FIGURES, Run, runs
+from experiments.figures import FIGURES, Run, runs, small_hours
 from experiments.status import STATES, log_end, log_path, status
 from experiments.supervise import supervise
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         return print_figures()
     args.extra = tuple(extra)
     try:
-        chosen = runs(args.figure, args.toy, args.envs, args.seeds, merged(args.only))
+        chosen = runs(args.figure, args.size, args.envs, args.seeds, merged(args.only))
         if args.command == "task":
             chosen = of_task(chosen, args.index, args.runs_per_task)
     except ValueError as error:
@@ -91,7 +91,13 @@ def make_parser() -> Parser:
 
 def add_choice_of_runs(parser: Parser) -> None:
     """The flags that choose among a figure's runs, for the figure's drawing as well."""
-    parser.add_argument("--toy", action="store_true", help="small networks, short runs, an easy task and 2 seeds")
+    sizes = {
+        "small": "a quarter of the widths, 30,000 agent steps of cheetah-run, 5 seeds: a first verdict",
+        "toy": "tiny networks, 1,250 agent steps of cartpole-balance, 2 seeds: a look at the whole chain",
+    }
+    group = parser.add_mutually_exclusive_group()
+    for size, help in sizes.items():
+        group.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="paper", help=help)
     parser.add_argument("--envs", type=names, metavar="A,B", help="other tasks than the figure's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 1 to N")
     parser.add_argument("--only", type=choice, action="append", default=[], metavar="FLAG=V1,V2",
@@ -121,12 +127,14 @@ def choice(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def print_figures() -> int:
-    print(f"{'figure':<14} cells tasks seeds  runs")
+    print(f"{'figure':<14} cells tasks seeds  runs  --small")
     for name, figure in FIGURES.items():
         counts = f"{len(figure.cells):5} {len(figure.envs):5} {figure.seeds:5} {len(runs(name)):5}"
-        print(f"{name:<14} {counts}  {figure.title}")
+        hours = sum(map(small_hours, runs(name, "small")))
+        print(f"{name:<14} {counts} {hours:6,.0f} h  {figure.title.format(env=figure.envs[0])}")
     distinct = {run.directory for name in FIGURES for run in runs(name)}
-    print(f"\n{len(distinct):,} distinct runs: figures share those of equal cells")
+    print(f"\n{len(distinct):,} distinct runs: figures share those of equal cells.")
+    print("--small: hours on one CPU core at small size, an estimate from a few measured runs.")
     return 0
 
 
@@ -199,7 +207,7 @@ def submit(chosen: list[Run], args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None:
             flags.append(f"--{name.replace('_', '-')}={value}")
     selection = [args.figure, "--runs-per-task", str(k), "--runs-dir", str(args.runs_dir)]
-    selection += ["--toy"] if args.toy else []
+    selection += [] if args.size == "paper" else [f"--{args.size}"]
     selection += ["--envs", ",".join(args.envs)] if args.envs else []
     selection += ["--seeds", str(args.seeds)] if args.seeds else []
     selection += [word for flag, values in args.only for word in ("--only", f"{flag}={','.join(values)}")]

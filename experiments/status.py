@@ -1,13 +1,8 @@
-"""The state of a run, read from the files that it left.
-
-Nothing here imports torch or loads a tensor, so a thousand runs with large checkpoints take a second.
-"""
+"""The state of a run, read from the files that it left."""
 
 import fcntl
 import json
 import os
-import pickletools
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +42,16 @@ def exit_path(runs_dir: Path, name: str) -> Path:
 def status(runs_dir: Path, name: str) -> Status:
     """The status of the run with the directory `name`.
 
-    The state is the first that holds: "finished" if the checkpoint says so; "running" if a process holds the run's
-    lock; "failed" if the last process ended with a code other than 0 and 75; "missing" if there is no directory;
-    else "resumable".
+    The state is the first that holds: "finished" if there is an `agent.pt`, which is written last; "running" if a
+    process holds the run's lock; "failed" if the last process ended with a code other than 0 and 75; "missing" if
+    there is no directory; else "resumable".
     """
     run_dir = runs_dir / name
     try:
         exit_code = int(exit_path(runs_dir, name).read_text())
     except (OSError, ValueError):
         exit_code = None
-    if is_finished(run_dir / "checkpoint.pt"):
+    if (run_dir / "agent.pt").exists():
         state = "finished"
     elif is_locked(run_dir / ".lock"):
         state = "running"
@@ -65,24 +60,6 @@ def status(runs_dir: Path, name: str) -> Status:
     else:
         state = "resumable" if run_dir.is_dir() else "missing"
     return Status(state, exit_code, *last_evaluation(run_dir / "eval.csv"), total_timesteps(run_dir / "config.json"))
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """The key "finished" of a checkpoint; False if there is none or it is damaged.
-
-    `torch.save` writes a zip file in which `data.pkl` holds everything but the tensors. Its opcodes are read up to the
-    key, nothing is executed.
-    """
-    try:
-        with zipfile.ZipFile(checkpoint) as file:
-            pickled = next(name for name in file.namelist() if name.endswith("/data.pkl"))
-            opcodes = (op for op in pickletools.genops(file.read(pickled)) if "PUT" not in op[0].name)
-            for _, argument, _ in opcodes:
-                if argument == "finished":
-                    return next(opcodes)[0].name == "NEWTRUE"
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
-        pass
-    return False
 
 
 def is_locked(lock: Path) -> bool:

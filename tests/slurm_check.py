@@ -19,7 +19,7 @@ from experiments.figures import runs
 
 # 6 runs: dst for all modules, or MST; 3 seeds
 FIGURE = ("one-strategy", "--toy", "--seeds", "3", "--only", "critic-scale=1", "--only", "critic-regime=dst")
-RUNS = runs("one-strategy", toy=True, seeds=3, only={"critic_scale": ("1",), "critic_regime": ("dst",)})
+RUNS = runs("one-strategy", size="toy", seeds=3, only={"critic_scale": ("1",), "critic_regime": ("dst",)})
 EXTRA = ("--", "--no-cuda", "--total-timesteps", "800")
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
 

@@ -14,18 +14,16 @@ from analysis.runs import load_figure, load_published, load_runs, size
 from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
-PRE, POST = figures.runs("fig17", toy=True)[:2]
+PRE, POST = figures.runs("fig17", size="toy")[:2]
 
 
 def write(runs_dir: Path, run: figures.Run, steps=(0, 1250), scalars=(), **changes) -> Path:
     """A run directory as the script leaves it, with a return of 10 more at each evaluation."""
     path = runs_dir / run.directory
-    flags = dict(run.cell)
-    script = flags.pop("script")
-    args = importlib.import_module(script).Args(**figures.toy(script, flags) | {"env_id": run.env, "seed": run.seed})
+    args = importlib.import_module(run.script).Args(**run.settings, env_id=run.env, seed=run.seed)
     args = dataclasses.asdict(args) | {"exp_name": run.exp_name} | changes
     path.mkdir(parents=True)
-    config = {"args": args, "command": [f"/somewhere/{script}.py"], "git_commit": "abc"}
+    config = {"args": args, "command": [f"/somewhere/{run.script}.py"], "git_commit": "abc"}
     (path / "config.json").write_text(json.dumps(config))
     rows = [f"{step},{8 * step},{10.0 * i},1.5,5,{float(i)}\n" for i, step in enumerate(steps)]
     (path / "eval.csv").write_text(HEADER + "".join(rows))
@@ -42,7 +40,7 @@ def log(path: Path, scalars, suffix="") -> Path:
 
 
 def load(runs_dir, **options):
-    return load_figure("fig17", runs_dir, toy=True, seeds=1, only={"critic_scale": ("1",)}, **options)
+    return load_figure("fig17", runs_dir, size="toy", seeds=1, only={"critic_scale": ("1",)}, **options)
 
 
 def test_missing_and_short_runs_are_named(tmp_path):
@@ -133,7 +131,7 @@ def test_peak_memory_is_the_largest_value_of_all_processes(tmp_path):
 
 
 def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_size(tmp_path):
-    loaded = load_figure("rigl", tmp_path, toy=True)
+    loaded = load_figure("rigl", tmp_path, size="toy")
     assert sorted(set(loaded.runs["topology_update_interval"])) == [100, 1000, 10_000]  # 10 to 1000 in the toy runs
     assert sorted(set(loaded.runs["drop_fraction"])) == [0.1, 0.3, 0.5]
     assert set(loaded.runs["critic_scale"]) == {5}

@@ -12,7 +12,7 @@ from analysis.runs import Loaded
 from analysis.statistics import interval, iqm
 from experiments import figures
 
-CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "not enough runs"
+CONFIRMED, REFUTED, UNDECIDED, TOO_FEW = "confirmed", "refuted", "inconclusive", "not enough runs"
 NOISE = np.linspace(-7, 7, 8)  # of the seeds: -7, -5, ..., 7
 
 
@@ -88,8 +88,8 @@ def assignment(critic, actor):
         ("fig13", scaled, 2 * [CONFIRMED, CONFIRMED, CONFIRMED]),
         ("fig13", opposite, 2 * [REFUTED, REFUTED, REFUTED]),
         ("fig26", scaled, [CONFIRMED, CONFIRMED, CONFIRMED]),
-        ("fig14", assignment("dst", "sst"), [CONFIRMED]),
-        ("fig14", assignment("sst", "sst"), [REFUTED]),
+        ("fig14", assignment("dst", "sst"), [CONFIRMED, CONFIRMED, CONFIRMED, UNDECIDED]),
+        ("fig14", assignment("sst", "dst"), [REFUTED, REFUTED, REFUTED, UNDECIDED]),
         ("fig17", by("residual", pre=50, post=0), [CONFIRMED, CONFIRMED]),
         ("fig17", by("residual", pre=0, post=50), [REFUTED, REFUTED]),
         ("one-strategy", by("encoder_regime", dense=50, sst=0, dst=90), [UNDECIDED, CONFIRMED, REFUTED]),
@@ -100,10 +100,12 @@ def test_a_clear_truth_is_found(figure, score, expected):
 
 
 def test_a_larger_spread_over_seeds_is_found():
-    loaded = made("fig09", lambda cell: 100, spread=by("actor_regime", dense=1, sst=1, dst=10, s2d=1, d2s=1))
-    _, unstable = verdicts(loaded)
+    spread = by("actor_regime", dense=1, sst=1, dst=10, s2d=1, d2s=1)
+    _, unstable = verdicts(made("fig09", lambda cell: 100, spread=spread))
+    *_, in_sac = verdicts(made("fig14", lambda cell: 100, spread=spread))
     # the standard deviation of -7, -5, ..., 7 is sqrt(168 / 7) = 4.899, ten times that for dst
-    assert (unstable.verdict, unstable.effect) == (CONFIRMED, pytest.approx(9 * np.sqrt(168 / 7)))
+    for verdict in (unstable, in_sac):
+        assert (verdict.verdict, verdict.effect) == (CONFIRMED, pytest.approx(9 * np.sqrt(168 / 7)))
 
 
 def test_effect_and_interval_are_those_of_the_iqm_over_both_tasks():
@@ -131,9 +133,16 @@ def test_a_tie_confirms_at_least_as_good_but_not_better():
     assert {verdict.verdict for verdict in verdicts(made("fig11", **tied))} == {UNDECIDED}
 
 
+def test_a_missing_run_leaves_open_what_all_runs_would_say():
+    noise = {"score": lambda cell: 100, "spread": lambda cell: 3}
+    lost = figures.runs("fig17")[0].directory
+    assert [verdict.verdict for verdict in verdicts(made("fig17", **noise))] == [UNDECIDED, UNDECIDED]
+    assert [verdict.verdict for verdict in verdicts(made("fig17", **noise, without=[lost]))] == [TOO_FEW, UNDECIDED]
+
+
 def test_fewer_than_five_runs_decide_nothing():
     (verdict, _) = verdicts(made("fig11", ladder(mrq=100, res=200, mst=300), seeds=4))
-    assert (verdict.verdict, verdict.effect) == (UNDECIDED, 100)
+    assert (verdict.verdict, verdict.effect) == (TOO_FEW, 100)
     assert verdict.missing == "a verdict needs 5 runs of each cell on each task"
 
 
@@ -148,7 +157,7 @@ def test_a_missing_run_is_named_and_a_missing_task_decides_nothing():
     assert (one.verdict, one.missing) == (CONFIRMED, f"missing: {name} (7 of 8)")
     assert list(one.n.values()) == [16, 15]
     task, other = verdicts(made("fig17", score, without=dog))
-    assert (task.verdict, task.missing) == (UNDECIDED, f"missing: {name} (0 of 8)")
+    assert (task.verdict, task.missing) == (TOO_FEW, f"missing: {name} (0 of 8)")
     assert np.isnan([task.effect, task.low, task.high]).all()
     assert other.verdict == CONFIRMED  # scale 3 has all its runs
 
@@ -170,7 +179,7 @@ def test_a_cell_left_out_of_the_choice_is_named():
 
 
 def test_the_best_is_compared_with_each_other_at_98_75_percent():
-    (verdict,) = verdicts(made("fig14", assignment("dst", "sst")))
+    verdict, *_ = verdicts(made("fig14", assignment("dst", "sst")))
     expected = interval(lambda x, y: iqm(x) - iqm(y), [NOISE + 150], [NOISE + 100], confidence=1 - 0.05 / 4)
     assert (verdict.low, verdict.high) == expected
 
@@ -190,5 +199,5 @@ def test_no_runs_give_no_verdict_and_no_warning(figure):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = verdicts(made(figure, lambda cell: 100, without=everything))
-    assert {verdict.verdict for verdict in found} == {UNDECIDED}
+    assert {verdict.verdict for verdict in found} == {TOO_FEW}
     assert all(verdict.missing.startswith("missing: ") for verdict in found)

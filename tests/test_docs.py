@@ -66,7 +66,7 @@ def lines(module: str) -> list[list[str]]:
 @pytest.mark.parametrize("line", lines("experiments"), ids=" ".join)
 def test_experiments_takes_the_documented_commands(line):
     args = make_parser().parse_args(line)  # ends with an error if it does not
-    assert args.command == "list" or runs(args.figure, args.toy, args.envs, args.seeds, dict(args.only))
+    assert args.command == "list" or runs(args.figure, args.size, args.envs, args.seeds, dict(args.only))
 
 
 @pytest.mark.parametrize("line", lines("analysis.figure"), ids=" ".join)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from analysis import figure
@@ -145,6 +146,13 @@ def test_every_figure_is_drawn_for_print(name):
     assert min(text.get_fontsize() for text in drawn.findobj(Text) if text.get_text()) >= SMALL
     expected = len(table[["row", "column"]].drop_duplicates())
     assert len(drawn.get_axes()) == expected
+    for ax in drawn.get_axes():
+        axes = [ax.yaxis] if FORMS[name].kind == "bars" else [ax.xaxis, ax.yaxis]
+        for axis in axes:
+            low, high = axis.get_view_interval()
+            assert ((axis.get_ticklocs() >= low) & (axis.get_ticklocs() <= high)).sum() >= 3
+        markers = [line for line in ax.lines if line.get_marker() != "None"]
+        assert not any(line.get_clip_on() for line in markers)
     assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
 
 
@@ -156,19 +164,42 @@ def test_a_panel_without_runs_has_the_axis_of_the_others():
 
 
 def legend(name: str) -> dict[str, tuple]:
-    drawn = draw(name, numbers(made(name, seeds=1), name), "")
+    drawn = draw(name, numbers(made(name, seeds=1), name), "caption")
     handles = [handle for part in drawn.subfigs for entry in part.legends for handle in entry.legend_handles]
-    return {handle.get_label(): (handle.get_color(), handle.get_marker()) for handle in handles}
+    return {handle.get_label(): handle for handle in handles}
 
 
-def test_a_regime_has_one_colour_and_marker_in_bars_lines_and_curves():
-    bars = legend("fig05")
-    assert [marker for _, marker in bars.values()] == ["o", "s", "D", "<", ">"]  # the paper's
-    assert len({color for color, _ in bars.values()}) == 5
+def test_a_regime_has_one_colour_in_all_figures_patches_for_bars_and_the_papers_markers_for_lines():
+    lines = {name: (line.get_color(), line.get_marker()) for name, line in legend("fig04").items()}
+    assert [marker for _, marker in lines.values()] == ["o", "s", "D", "<", ">"]  # the paper's
+    bars = {name: to_hex(patch.get_facecolor()).upper() for name, patch in legend("fig05").items()}
+    assert bars == {name: color for name, (color, _) in lines.items()}
     assert list(bars) == ["Dense", "SST", "DST", "S2D", "D2S"]
-    assert legend("fig04") == legend("fig03") == bars
-    assert {name: bars[name] for name in ("Dense", "SST", "DST")}.items() < legend("fig14").items()
-    assert legend("fig14")["MST"] == legend("fig26")["MST"] == legend("fig11")["MST"]
+    assert legend("fig14")["MST"].get_color() == legend("fig26")["MST"].get_color() not in bars.values()
+
+
+def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
+    keys = [figure.key(look) for look in list(figure.LOOKS.values())[:5]]
+    drawn = figure.Figure(figsize=(3.2, 2), layout="constrained")
+    figure.add_legend(drawn, keys)  # four would fit side by side
+    drawn.draw_without_rendering()
+    places = []
+    for text in drawn.legends[0].get_texts():
+        x, y = text.get_window_extent().p0
+        places.append((-round(y / 20), x, text.get_text()))  # lines are 30 pixels apart
+    places.sort()
+    assert [name for *_, name in places] == ["Dense", "SST", "DST", "S2D", "D2S"]
+    assert [line for line, *_ in places].count(places[-1][0]) == 2
+
+
+def test_a_bar_without_runs_says_so():
+    table = numbers(made("fig12", seeds=1, lost=1), "fig12")
+    assert texts(draw("fig12", table, "")).count("no run") == 1
+
+
+def test_all_sizes_are_labelled():
+    drawn = draw("sparsity", numbers(made("sparsity"), "sparsity"), "")
+    assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["0.5", "0.6", "0.7", "0.8", "0.9", "0.95"]
 
 
 def test_dense_is_dashed_against_mst():
@@ -206,12 +237,35 @@ def test_costs_are_hours_memory_and_flops_of_each_cell(fig12):
     assert table["flops"].nunique() == 1
 
 
-def test_the_costs_are_drawn(runs_dir, tmp_path, capsys):
+def test_the_costs_are_drawn_in_hours_or_minutes(runs_dir, tmp_path, capsys):
     assert main(["fig12", "--cost", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"fig12-cost.{end}" for end in ("csv", "pdf", "png", "txt")
-    ]
-    assert "Growth criterion, SET" in (tmp_path / "fig12-cost.csv").read_text()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [f"fig12-cost.{end}" for end in ("csv", "pdf", "png", "txt")]
+    table = pd.read_csv(tmp_path / "fig12-cost.csv")
+    assert "Growth criterion, SET" in list(table["cell"])
+    assert "Wall-clock time (h)" in texts(figure.draw_costs("fig12", table, ""))
+    hours = ["hours", "hours_low", "hours_high"]
+    table[hours] /= 60 * 8
+    minutes = figure.draw_costs("fig12", table, "")
+    assert "Wall-clock time (min)" in texts(minutes)
+    assert 1 <= minutes.axes[0].get_xlim()[1] < 1.2  # seed 8 now took a minute
+
+
+def test_another_size_has_its_own_files_task_and_note_and_a_caption_can_be_left_out(tmp_path, capsys):
+    run = figures.runs("fig21", "small")[0]
+    (tmp_path / run.directory).mkdir()
+    (tmp_path / run.directory / "eval.csv").write_text(HEADER + "30000,30000,7,0,10,3600\n")
+    only = ["--only", "critic-scale=1", "--no-caption"]
+    assert main(["fig21", "--small", *only, "--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"fig21-small"}
+    text = (tmp_path / "out" / "fig21-small.txt").read_text()
+    assert text.startswith("Fig. 6 on cheetah-run. Small size (a quarter of the paper's widths, 30,000 agent steps)")
+    options = {"size": "small", "only": {"critic_scale": ("1",)}}
+    without, with_caption = (
+        prepare("fig21", Options(tmp_path, caption=caption, **options))[0] for caption in (False, True)
+    )
+    assert without.get_figheight() < with_caption.get_figheight()
+    assert not any("Small size" in text for text in texts(without))
 
 
 def test_published_curves_are_laid_over(tmp_path):
