@@ -337,7 +337,7 @@ class Sparsifier:
         """
         due = self.topology_update_due
         check = due or not self.checked or (self.updates + 1) % self.update_interval == 0
-        if check and self.masks and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if check and self.masks and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             self.checked = self._check()
         self.pending = due and not self.checked
         self.updates += 1
