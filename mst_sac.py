@@ -6,22 +6,18 @@
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
 2510.12096, section 4, Figs. 13 and 14): SAC (arXiv 1812.05905) on the networks of SimBa (arXiv 2410.09754), with one
-training regime per module: critic dynamic sparse, actor static sparse. The algorithm comes first; what operates a run
-(environment, evaluation, checkpoints) follows below `# OPERATIONS`, the same in all scripts.
-
-Results go to `runs/<env>__<exp_name>__<seed>/`. The same command started again resumes from its last checkpoint.
-Exit codes: 0 finished, 75 stopped by a signal with a checkpoint, 2 wrong usage, 1 any other failure.
+training regime per module: critic dynamic sparse, actor static sparse. The algorithm comes first; what follows below
+`# OPERATIONS` runs it and is the same in all scripts. Exit codes: 0 finished, 75 stopped by a signal with a checkpoint
+(the same command resumes), 2 wrong usage, 1 any other failure.
 """
 
 import copy
-import difflib
 import fcntl
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,9 +26,8 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
@@ -40,10 +35,9 @@ from typing import Annotated, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -65,8 +59,6 @@ class Args:
     runs_dir: str = "runs"  # folder of the run directories
     dry_run: bool = False  # print the table of networks and memory, then stop
     eval_only: str | None = None  # play the agent of this run directory or `agent.pt`, print its returns, then stop
-
-    # Speed (docs/performance.md)
     cuda_graphs: bool = False  # on a GPU, run each update as one CUDA graph
     compile: bool = False  # fuse the losses with `torch.compile`: a minute or two at the start
     matmul_precision: Literal["highest", "high"] = "high"  # on a GPU: float32 or TF32 products
@@ -234,7 +226,7 @@ class ReplayBuffer:
         self.dims = [obs_dim, action_dim, 1, obs_dim, 1]
         self.storage = torch.zeros(args.buffer_size, sum(self.dims), device=device)
         self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.position = 0
+        self.position, self.obs = 0, np.zeros(obs_dim, np.float32)
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: CUDA graphs read it anew
 
     def start_episode(self, obs: np.ndarray) -> None:
@@ -256,14 +248,13 @@ class ReplayBuffer:
         return self.batch((u * self.size).long())
 
     def state_dict(self) -> dict:
-        storage, obs = self.storage[: self.size].to("cpu", copy=True), torch.from_numpy(self.obs)
-        return {"storage": storage, "position": self.position, "obs": obs, "generator": self.generator.get_state()}
+        storage = self.storage[: self.size].to("cpu", copy=True)
+        return {"storage": storage, "position": self.position, "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict) -> None:
         self.size.fill_(len(state["storage"]))
         self.storage[: self.size] = state["storage"]
         self.position, self.obs = state["position"], state["obs"].numpy()
-        self.generator.set_state(state["generator"])
 
 
 # ALGORITHM
@@ -279,7 +270,7 @@ class Agent(nn.Module):
         if args.gamma is None:  # SimBa's rule
             args.gamma = min(max(1 - 5 / (args.max_episode_steps or math.inf), 0.95), 0.995)
         if args.clipped_double_q is None:
-            args.clipped_double_q = is_gymnasium(args.env_id)
+            args.clipped_double_q = ":" in args.env_id or args.env_id in gym.registry  # not on dm_control
         torch.manual_seed(args.seed)
         self.args, self.device, self.action_dim = args, device, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -291,19 +282,18 @@ class Agent(nn.Module):
 
         training_steps = args.total_timesteps - args.learning_starts + 1  # the first follows the last random action
         total_updates = dict.fromkeys(MODULES, args.updates_per_step * training_steps)
-        adamw = partial(optim.AdamW, fused=True, capturable=device.type == "cuda")
-        self.optimizers: dict[str, optim.Optimizer] = {}
-        self.sparsifiers: dict[str, Sparsifier] = {}
+        fast = {"fused": True, "capturable": device.type == "cuda"}
+        self.optimizers, self.sparsifiers = {}, {}
         for i, name in enumerate(MODULES):
             module, lr = getattr(self, name), getattr(args, f"{name}_lr")
-            self.optimizers[name] = adamw(module.parameters(), lr, weight_decay=args.weight_decay)
+            self.optimizers[name] = optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay, **fast)
             self.sparsifiers[name] = Sparsifier(
                 module, self.optimizers[name], getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity"),
                 distribution=args.distribution, growth=args.growth, update_interval=args.topology_update_interval,
                 drop_fraction=args.drop_fraction, schedule_start=args.schedule_start, schedule_end=args.schedule_end,
                 total_updates=max(total_updates[name], 1), seed=len(MODULES) * args.seed + i,
             )  # fmt: skip
-        self.optimizers["temperature"] = adamw([self.log_temp], args.temperature_lr, weight_decay=0)
+        self.optimizers["temperature"] = optim.AdamW([self.log_temp], args.temperature_lr, weight_decay=0, **fast)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         if args.compile:
             self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
@@ -314,8 +304,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Actions without noise in [-1, 1], (batch, action_dim), at observations (batch, obs_dim)."""
-        obs = self.normalizer(torch.as_tensor(obs, device=self.device))
-        return self.actor(obs)[0].tanh().cpu().numpy()
+        return self.actor(self.normalizer(torch.as_tensor(obs, device=self.device)))[0].tanh().cpu().numpy()
 
     @torch.no_grad()
     def explore(self, obs: np.ndarray, uniform: bool, generator: torch.Generator) -> np.ndarray:
@@ -335,11 +324,10 @@ class Agent(nn.Module):
 
     def optimize(self, name: str, loss: Tensor) -> Tensor:
         """Minimise the module's loss. Returns the norm of its gradient after masking."""
-        parameters = list(getattr(self, name).parameters())
         self.optimizers[name].zero_grad()
         loss.backward()
         self.sparsifiers[name].step()  # RigL: changes the topology when that is due, and masks the gradient
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in getattr(self, name).parameters()])
         self.optimizers[name].step()
         return norm
 
@@ -366,8 +354,7 @@ class Agent(nn.Module):
         if self.sparsifiers["critic"].topology_updates > topology_updates:
             self.sparsifiers["critic"].apply_to(self.critic_target)  # what the critic drops, its target drops as well
         with torch.no_grad():  # Polyak averaging. What is 0 in critic and target stays exactly 0
-            target, online = list(self.critic_target.parameters()), list(self.critic.parameters())
-            torch._foreach_lerp_(target, online, self.args.tau)
+            torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
 
         return {
             "losses/critic_loss": critic_loss.detach(),
@@ -413,48 +400,34 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     index = torch.randint(int(rb.size), (256,), generator=torch.Generator().manual_seed(seed))
     batch = rb.batch(index.to(agent.device))
     obs = agent.normalizer(batch.obs)
-    obs_action = torch.cat([obs, batch.action], 1)
-
-    def features() -> dict[str, Tensor]:
-        critics = torch.cat([q.trunk(obs_action) for q in agent.critic.q], 1)
-        return {"critic": critics, "actor": agent.actor.trunk(obs)}
-
-    return pathologies(agent, nn.ReLU, features)
+    critic_input = torch.cat([obs, batch.action], 1)
+    return pathologies(agent, nn.ReLU, lambda: {
+        "critic": torch.cat([q.trunk(critic_input) for q in agent.critic.q], 1), "actor": agent.actor.trunk(obs),
+    })  # fmt: skip
 
 
 # OPERATIONS: the same in all scripts
-class DMControl(gym.Env):
-    """A dm_control task. Observations: those of its spec in their order, flat float32."""
-
-    render_mode = "rgb_array"
-    _max_episode_steps = 1000  # of all tasks of the suite but lqr's, which have no limit
+class DMControl(gym.Env):  # a task of the suite
+    render_mode, _max_episode_steps = "rgb_array", 1000  # the limit of all tasks but lqr's, which have none
 
     def __init__(self, env_id: str, seed: int):
-        from dm_control import suite  # only now: it reads MUJOCO_GL
-
-        tasks = ["-".join(task) for task in suite.ALL_TASKS]
-        if env_id not in tasks:
-            near = difflib.get_close_matches(env_id, [*tasks, *gym.registry], n=4) or ["dog-run", "HalfCheetah-v5"]
-            raise ValueError(f"it is neither a dm_control task nor a Gymnasium id, such as {', '.join(near)}")
+        suite = import_module("dm_control.suite")  # only now: it reads MUJOCO_GL
         self.dmc = suite.load(*env_id.split("-", 1), task_kwargs={"random": seed})  # lqr draws its model from the seed
-        spec, shapes = self.dmc.action_spec(), [x.shape for x in self.dmc.observation_spec().values()]
-        bounded = spec.maximum - spec.minimum < 1e9  # lqr's, which are +-1e10, are taken from [-1, 1] as they are
-        low, high = np.where(bounded, spec.minimum, -1), np.where(bounded, spec.maximum, 1)
+        spaces = {k: gym.spaces.Box(-np.inf, np.inf, x.shape, x.dtype) for k, x in self.dmc.observation_spec().items()}
+        self.observation_space = gym.spaces.Dict(list(spaces.items()))  # a list keeps the order of the spec
+        spec = self.dmc.action_spec()  # lqr's limits of +-1e10 stand for none: its actions are in [-1, 1], too
+        low, high = (np.where(np.abs(x) < 1e9, x, np.sign(x)) for x in (spec.minimum, spec.maximum))
         self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (sum(map(math.prod, shapes)),), np.float32)
-
-    def observe(self, step) -> np.ndarray:
-        return np.concatenate(list(step.observation.values()), axis=None, dtype=np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:
             self.dmc.task.random.seed(seed)
-        return self.observe(self.dmc.reset()), {}
+        return self.dmc.reset().observation, {}
 
     def step(self, action: np.ndarray):
         step = self.dmc.step(action)
         terminated = step.last() and step.discount == 0  # in the suite only lqr's episodes can terminate
-        return self.observe(step), step.reward, terminated, step.last() and not terminated, {}
+        return step.observation, step.reward, terminated, step.last() and not terminated, {}
 
     def render(self) -> np.ndarray:
         return self.dmc.physics.render(480, 480, camera_id=0)
@@ -463,22 +436,42 @@ class DMControl(gym.Env):
 class AgentEnv(gym.Wrapper):
     """An environment as agents see it: agent steps, actions in [-1, 1], flat float32 observations, a time limit."""
 
-    def __init__(self, env: gym.Env, action_repeat: int, limit: int | None):
-        super().__init__(env)
-        self.action_repeat, self.limit, self.steps = action_repeat, limit, 0
-        shape = gym.spaces.flatten_space(env.observation_space).shape
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
-        self.action_space = gym.spaces.Box(-1, 1, env.action_space.shape, np.float32)
+    def __init__(self, args: Args):
+        gymnasium = ":" in args.env_id or args.env_id in gym.registry  # "package:Name-v0" imports its package
+        render_mode = {"render_mode": "rgb_array"} if args.capture_video else {}
+        try:
+            if gymnasium:
+                super().__init__(gym.make(args.env_id, disable_env_checker=True, **render_mode))
+            else:
+                super().__init__(DMControl(args.env_id, args.seed))
+            if args.capture_video:  # notice now what is missing for it
+                self.env.reset(), self.env.render()
+        except Exception as error:  # of whatever library makes it
+            raise ValueError(
+                f"no environment {args.env_id}, as dog-run or HalfCheetah-v5 are: {error!r:.300}"
+            ) from error
+        raw, actions = self.env.observation_space, self.env.action_space
+        real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+        if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):
+            raise ValueError(f"{args.env_id} has actions {actions}: agents need a flat, bounded Box of real numbers")
+        if not raw.is_np_flattenable:
+            raise ValueError(f"{args.env_id} has observations {raw}: agents need a Box, or several of them")
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, actions.shape, np.float32)
+        self.action_repeat = args.action_repeat or (1 if gymnasium else 2)
+        self.limit = args.max_episode_steps
+        if self.limit is None and self.env.has_wrapper_attr("_max_episode_steps"):  # of a TimeLimit, or its own
+            self.limit = math.ceil(self.env.get_wrapper_attr("_max_episode_steps") / self.action_repeat)
 
-    def observe(self, obs) -> np.ndarray:
+    def flat(self, obs) -> np.ndarray:
         obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
         if not np.isfinite(obs).all():
-            raise gym.error.Error(f"the observation of step {self.steps} of an episode is {obs}")
+            raise gym.error.Error(f"at step {self.steps} of an episode, the observation is not finite: {obs}")
         return obs
 
     def reset(self, **kwargs):
         self.steps = 0
-        return self.observe(self.env.reset(**kwargs)[0]), {}
+        return self.flat(self.env.reset(**kwargs)[0]), {}
 
     def step(self, action: np.ndarray):
         if not np.isfinite(action).all():
@@ -489,51 +482,13 @@ class AgentEnv(gym.Wrapper):
         for _ in range(self.action_repeat):
             obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
             if np.size(reward) != 1 or not np.isfinite(reward).all():
-                raise gym.error.Error(f"the reward of step {self.steps} of an episode is {reward}, not a finite number")
-            total_reward += np.asarray(reward).item()
+                raise gym.error.Error(f"at step {self.steps} of an episode, the reward is no finite number: {reward}")
+            total_reward += float(np.asarray(reward).item())
             if terminated or truncated:
                 break
         if self.limit is None and self.steps >= 100_000:
             raise gym.error.Error("an episode took 100,000 agent steps; limit it with --max-episode-steps")
-        truncated = bool(truncated) or self.steps == self.limit
-        return self.observe(obs), float(total_reward), bool(terminated), truncated, {}
-
-
-def is_gymnasium(env_id: str) -> bool:
-    return ":" in env_id or env_id in gym.registry  # `package:Name-v0`: the package registers it when it is imported
-
-
-def make_env(args: Args) -> AgentEnv:
-    """The environment of `args`. ValueError, in one line, if it cannot be made or if no agent can use it."""
-    opengl = args.capture_video or args.env_id == "quadruped-escape"  # whose terrain is drawn
-    os.environ.setdefault("MUJOCO_GL", "egl" if opengl else "disable")
-    try:
-        if is_gymnasium(args.env_id):
-            render_mode = {"render_mode": "rgb_array"} if args.capture_video else {}
-            env, action_repeat = gym.make(args.env_id, disable_env_checker=True, **render_mode), args.action_repeat or 1
-        else:
-            env, action_repeat = DMControl(args.env_id, args.seed), args.action_repeat or 2
-        if args.capture_video:  # notice now what is missing for it
-            env.reset(), env.render()
-    except Exception as error:  # of whatever library makes it
-        raise ValueError(f"{args.env_id} cannot be made: {one_line(error)}") from error
-    actions, limit = env.action_space, args.max_episode_steps
-    real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating) and actions.is_bounded()
-    if not (real and len(actions.shape) == 1 and actions.shape[0] > 0):
-        raise ValueError(f"{args.env_id} has actions {actions}: choose one with a flat, bounded Box of real numbers")
-    if not env.observation_space.is_np_flattenable:
-        raise ValueError(f"{args.env_id} has observations {env.observation_space}: choose one with a Box of them")
-    if limit is None and env.has_wrapper_attr("_max_episode_steps"):  # of Gymnasium's TimeLimit, or its own
-        limit = math.ceil(env.get_wrapper_attr("_max_episode_steps") / action_repeat)
-    return AgentEnv(env, action_repeat, limit)
-
-
-def make_eval_envs(args: Args) -> gym.vector.VectorEnv:
-    """An environment for each episode of an evaluation, in this process or each in one of its own."""
-    makers = [partial(make_env, args)] * args.eval_episodes
-    if args.eval_processes and not args.capture_video and args.env_id != "quadruped-escape":  # no OpenGL after a fork
-        return gym.vector.AsyncVectorEnv(makers, context="fork")
-    return gym.vector.SyncVectorEnv(makers)
+        return self.flat(obs), total_reward, bool(terminated), bool(truncated) or self.steps == self.limit, {}
 
 
 def episode_seeds(*key: int, count: int = 1) -> list[int]:
@@ -558,10 +513,8 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, 
         if not stop:
             sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
     if frames and not stop:
-        import imageio.v2 as imageio
-
         video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
+        import_module("imageio.v2").mimwrite(video, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
     return None if stop else returns
 
 
@@ -584,37 +537,30 @@ def graphed(agent: Agent, update: Callable, *modules: str) -> Callable:
                 optimizer.zero_grad()  # or these gradients would stay in memory beside the graph's
             return eager_metrics
         if graph is None:
-            graph, clocks = torch.cuda.CUDAGraph(), [sparsifier.updates for sparsifier in sparsifiers]
+            print("capturing an update as CUDA graph: if that fails, train with --no-cuda-graphs")
+            graph = torch.cuda.CUDAGraph()
             for generator in (agent.generator, rb.generator):
                 graph.register_generator_state(generator)
-            try:
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                    metrics = update(rb)
-            except RuntimeError as error:
-                error.add_note("an update that cannot be captured can be trained with --no-cuda-graphs")
-                raise
-            for sparsifier, clock in zip(sparsifiers, clocks, strict=True):  # a capture computes nothing
-                sparsifier.updates = clock
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                metrics = update(rb)  # computes nothing yet, but advances the clocks of the sparsifiers
+        else:
+            for sparsifier in sparsifiers:
+                sparsifier.updates += 1
         graph.replay()
-        for sparsifier in sparsifiers:
-            sparsifier.updates += 1
         return metrics
 
     return run
 
 
 def pathologies(agent: Agent, kind: type[nn.Module], features: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
-    """srank (Kumar et al. 2021), dormant ratio (Sokar et al. 2023) and norms of each module.
-
-    `features` computes the features (batch, units) of each module. Hidden units are what layers of `kind` give then.
-    """
+    """srank (Kumar et al. 2021) of `features()`, dormant ratio (Sokar et al. 2023) of `kind` of layers, and norms."""
     hidden: dict[str, list[Tensor]] = {name: [] for name in MODULES}
     layers = [(name, layer) for name in MODULES for layer in getattr(agent, name).modules() if isinstance(layer, kind)]
     hooks = [layer.register_forward_hook(lambda *io, name=name: hidden[name].append(io[2])) for name, layer in layers]
-    metrics, of_modules = {}, features()
+    metrics, features_of = {}, features()
     for hook in hooks:
         hook.remove()
-    for name, x in of_modules.items():
+    for name, x in features_of.items():
         if not x.isfinite().all():
             raise FloatingPointError(f"a feature of the {name} is not finite")
         metrics[f"plasticity/{name}_srank"] = stable_rank(x)
@@ -627,17 +573,16 @@ def pathologies(agent: Agent, kind: type[nn.Module], features: Callable[[], dict
 
 def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
     print(f"{'module':<10}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
-    total = total_active = 0
+    total = np.zeros(2, int)
     for name, sparsifier in agent.sparsifiers.items():
         named = getattr(agent, name).named_parameters()
         size = sum(p.numel() for key, p in named if not key.startswith(ALWAYS_DENSE))  # as the paper counts
         active = size - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
         print(f"{name:<10}{sparsifier.regime:>8}{size:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
-        total, total_active = total + size, total_active + active
-    print(f"{'agent':<10}{total:>22,}{total_active:>14,}", *(f"without the {name}" for name in ALWAYS_DENSE))
-    limit = f"{args.max_episode_steps:,} agent steps" if args.max_episode_steps else "no declared limit"
-    print(f"episodes of {limit}, discount factor {args.gamma:g}; training on {agent.device}")
-    print(f"replay buffer {args.buffer_size:,} steps, {rb.storage.nbytes / 2**30:.2f} GiB")
+        total += size, active
+    print(f"{'agent':<10}{total[0]:>22,}{total[1]:>14,}", *(f"without the {name}" for name in ALWAYS_DENSE))
+    limit = f"at most {args.max_episode_steps:,} agent steps" if args.max_episode_steps else "no declared limit"
+    print(f"episodes of {limit}, discount factor {args.gamma:g}, replay buffer of {rb.storage.nbytes / 2**30:.2f} GiB")
 
 
 def check(args: Args) -> None:
@@ -650,31 +595,21 @@ def check(args: Args) -> None:
         raise ValueError(f"--exp-name {args.exp_name} names a folder: write letters, digits and _ . + = - only")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda needs a GPU that torch sees: train with --no-cuda")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler: install g++, or name another in CXX")
-    if args.track and not find_spec("wandb"):
-        raise ValueError("--track needs wandb: pip install wandb")
-    if args.capture_video and not find_spec("imageio_ffmpeg"):
-        raise ValueError("--capture-video needs imageio: pip install 'imageio[ffmpeg]'")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def save(path: Path, content: dict) -> None:
     """Write to a temporary file, sync and rename: `path` holds the old or the new content, never a part of it."""
     if not all(tensor.isfinite().all() for tensor in content["agent"].values()):
         raise FloatingPointError("a weight is not finite")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_suffix(".tmp")
     try:
         torch.save(content, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError when it cannot write
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path.name}: {one_line(error)}") from error
+        raise OSError(f"{path.name}: {error!r}") from error
 
 
 def load(path: Path) -> dict:
@@ -685,21 +620,27 @@ def load(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {name: content[name] for name in ("args", "run", "agent")} | content
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
-        sys.exit(f"error: {path} is damaged or not ours ({one_line(error)}); restore a copy, or delete it")
+        sys.exit(f"error: {path} is damaged or not ours ({error!r:.200}); restore a copy, or delete it")
 
 
-RESUME_ME = 75  # EX_TEMPFAIL
-MAY_CHANGE = (  # in a resumed run: what never moves its training
-    "eval_interval", "eval_episodes", "eval_processes", "log_interval", "checkpoint_interval", "diagnostics", "track",
-    "wandb_project_name", "wandb_entity", "capture_video", "runs_dir", "cuda_graphs",
-)  # fmt: skip
+def load_agent(args: Args) -> tuple[Args, dict]:
+    """What the run directory of --eval-only holds, and the arguments to play it with: its own, but for how to play."""
+    paths = [path for name in ("agent.pt", "checkpoint.pt") if (path := Path(args.eval_only, name)).exists()]
+    if not paths:
+        raise ValueError(f"--eval-only {args.eval_only} is no run directory with an agent.pt or a checkpoint.pt")
+    saved = load(paths[0])
+    if unknown := sorted(saved["args"].keys() - asdict(args).keys()):
+        raise ValueError(f"{paths[0]} is of another script, which has --{unknown[0]}: play it with that one")
+    own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
+    return replace(Args(**saved["args"]), buffer_size=1, **{name: getattr(args, name) for name in own}), saved
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
-    """The run directory, locked, and its checkpoint if there is one. ValueError if it holds a run with other arguments.
-
-    What was logged after the checkpoint is cut off: the resumed run logs it again, bit for bit the same on a CPU.
-    """
+    """The run directory, locked, and its checkpoint; logs are cut back to it. ValueError for a run with other flags."""
+    may_change = (  # what never moves the training
+        "eval_interval", "eval_episodes", "eval_processes", "log_interval", "checkpoint_interval", "diagnostics",
+        "track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir", "cuda_graphs",
+    )  # fmt: skip
     run_dir = Path(args.runs_dir, re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"))
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
@@ -709,81 +650,60 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         sys.exit(f"error: {run_dir} is being trained by another process; choose another --exp-name or --seed")
     except OSError:  # a file system without locks
         pass
-    config = run_dir / "config.json"
+    config, temporary = run_dir / "config.json", run_dir / "config.tmp"
     if not config.exists():
-        packages = ("torch", "numpy", "gymnasium", "dm_control", "mujoco")
-        versions = {"python": platform.python_version()} | {name: version(name) for name in packages if find_spec(name)}
+        versions = {x.name: x.version for x in distributions()} | {"python": platform.python_version()}
         git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
         commit = subprocess.run(git, shell=True, capture_output=True, text=True, check=False).stdout.strip() or None
         origin = {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
-        config.with_suffix(".tmp").write_text(json.dumps({"args": asdict(args), **origin}, indent=2))
-        config.with_suffix(".tmp").replace(config)
+        temporary.write_text(json.dumps({"args": asdict(args), **origin}, indent=2))
+        temporary.replace(config)
     try:
         now, before = asdict(args), asdict(Args()) | json.loads(config.read_text())["args"]
     except (ValueError, KeyError, TypeError):
         sys.exit(f"error: {config} is damaged; restore a copy of it, or delete {run_dir} to start anew")
-    changed = [name for name in before if before[name] != now.get(name) and name not in MAY_CHANGE]
-    if changed:
-        differences = ", ".join(f"{name} {before[name]} -> {now.get(name)}" for name in changed)
-        raise ValueError(
-            f"{run_dir} holds a run with other arguments ({differences}): choose another --exp-name or --seed"
-        )
+    changes = [f"{x} {before[x]} -> {now.get(x)}" for x in before if before[x] != now.get(x) and x not in may_change]
+    if changes:
+        raise ValueError(f"{run_dir} holds a run with other flags ({', '.join(changes)}): choose another --exp-name")
     if (run_dir / "agent.pt").exists():
         print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
         sys.exit(0)
     checkpoint = load(run_dir / "checkpoint.pt") if (run_dir / "checkpoint.pt").exists() else None
+    files = checkpoint["files"] if checkpoint else {}
     for path in [run_dir / "eval.csv", *run_dir.glob("events.out.tfevents.*")]:
-        length = checkpoint["files"].get(path.name) if checkpoint else None
-        if length is None:
+        if path.name not in files:
             path.unlink(missing_ok=True)
-        elif path.stat().st_size > length:
-            os.truncate(path, length)
+        elif path.stat().st_size > files[path.name]:
+            os.truncate(path, files[path.name])
     return run_dir, checkpoint
 
 
-def play(args: Args, device: torch.device) -> int:
-    """Print the returns of the agent in a run directory, or in a file of one. Returns the exit code."""
-    path = Path(args.eval_only)
-    if path.is_dir():
-        path = path / ("agent.pt" if (path / "agent.pt").exists() else "checkpoint.pt")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: --eval-only takes a run directory or a file in it")
-    saved = load(path)
-    if unknown := sorted(saved["args"].keys() - asdict(args).keys()):
-        raise ValueError(f"{path} is of another script, which has --{unknown[0]}: play it with that one")
-    own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "cuda_graphs")
-    trained = replace(Args(**saved["args"]), **{name: getattr(args, name) for name in own})
-    envs, seeds = make_eval_envs(trained), episode_seeds(args.seed, 2, count=args.eval_episodes)
-    agent = Agent(trained, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
-    agent.load_state_dict(saved["agent"], strict=False)  # agent.pt holds no target networks
-    returns = evaluate(agent, envs, seeds, [], path.parent / "videos" / "eval_only.mp4")
-    print("\n".join(f"episode {i}: return {value:.1f}" for i, value in enumerate(returns, start=1)))
-    print(f"{trained.env_id}, agent step {saved['run']['step']:,}: mean {returns.mean():.1f}, std {returns.std():.1f}")
-    return 0
-
-
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    sys.stdout.reconfigure(line_buffering=True)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
-    torch.set_flush_denormal(True)  # moments of dead units decay into them: AdamW at a fifteenth of its speed on a CPU
-    device, stop = torch.device("cuda" if args.cuda else "cpu"), []  # stop: the signals that came
+    args, saved, stop = tyro.cli(Args, description=__doc__), None, []  # stop: the signals that came
 
     def on_signal(number: int, frame) -> None:
-        if number == signal.SIGINT and number in stop:
-            sys.exit(130)
         stop.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second ctrl-C ends the process at once
 
-    signal.signal(signal.SIGINT, on_signal)  # before the fork, so that the processes of the evaluation carry on
-    signal.signal(signal.SIGUSR1, on_signal)
     try:
         check(args)
         if args.eval_only:
-            return play(args, device)
-        envs = None if args.dry_run else make_eval_envs(args)  # forked before there is a lock or a GPU's context
+            args, saved = load_agent(args)
+        sys.stdout.reconfigure(line_buffering=True)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
+        torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them
+        opengl = args.capture_video or args.env_id == "quadruped-escape"  # whose terrain is drawn
+        os.environ.setdefault("MUJOCO_GL", "egl" if opengl else "disable")
+        for number in (signal.SIGINT, signal.SIGUSR1):  # before the fork: the evaluation's processes carry on
+            signal.signal(number, on_signal)
+        makers = [lambda: AgentEnv(args)] * (1 if args.dry_run else args.eval_episodes)
+        if args.eval_processes and not opengl:  # which no fork survives
+            envs = gym.vector.AsyncVectorEnv(makers, context="fork")  # before there is a lock or a context on the GPU
+        else:
+            envs = gym.vector.SyncVectorEnv(makers)
         signal.signal(signal.SIGTERM, on_signal)  # after the fork: it ends those processes
-        env = make_env(args)
+        env, device = AgentEnv(args), torch.device("cuda" if args.cuda else "cpu")
         args.action_repeat, args.max_episode_steps = env.action_repeat, env.limit
         if args.cuda:
             torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up
@@ -792,14 +712,19 @@ def main() -> int:
         print_table(args, agent, rb)
         if args.dry_run:
             return 0
+        if saved:
+            agent.load_state_dict(saved["agent"], strict=False)  # agent.pt holds no target networks
+            seeds = episode_seeds(args.seed, 2, count=args.eval_episodes)
+            returns = evaluate(agent, envs, seeds, [], Path(args.eval_only, "videos", "eval_only.mp4"))
+            print(f"agent step {saved['run']['step']:,}: {returns.mean():.1f} +- {returns.std():.1f}", returns.round(1))
+            return 0
         run_dir, checkpoint = open_run(args)
     except (ValueError, RuntimeError, FloatingPointError, gym.error.Error) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         sys.exit(f"error: cannot write to {args.runs_dir} ({error}); choose another folder with --runs-dir")
-
-    run = SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={})
+    obs, run = None, SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={})
     exploration = torch.Generator().manual_seed(args.seed)
     generators = [torch.default_generator, *torch.cuda.default_generators, agent.generator, rb.generator, exploration]
     parts = {"agent": agent, "replay_buffer": rb}
@@ -813,73 +738,64 @@ def main() -> int:
                 generator.set_state(state)
             vars(run).update(checkpoint["run"])
             print(f"resuming {run_dir} at agent step {run.step:,}")
-        obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
-        for action in run.actions:  # with its seed, they restore the running episode
-            obs, *_ = env.step(np.array(action, np.float32))
-        restored = checkpoint is not None and obs.tolist() == checkpoint["obs"]
-        if checkpoint and not restored:  # of the environments tried, only BipedalWalker-v3
-            print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
-            run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
+        if run.actions:  # with its seed, they restore the running episode
             obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
-        if not restored:
-            rb.start_episode(obs)
-
+            for action in run.actions:
+                obs, *_ = env.step(np.array(action, np.float32))
+            if obs.tolist() != checkpoint["obs"]:  # of the environments tried, only BipedalWalker-v3
+                print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
+                run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
         if args.track:
-            import wandb
-
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
-                       config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True)  # fmt: skip
+            import_module("wandb").init(
+                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
+                config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
+            )  # fmt: skip
         writer = SummaryWriter(run_dir, purge_step=run.step + 1 if checkpoint else None)
         if not checkpoint:
-            rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            rows = (f"|{name}|{value}|" for name, value in asdict(args).items())
+            writer.add_text("hyperparameters", "\n".join(("|param|value|", "|-|-|", *rows)))
         del checkpoint  # its replay buffer may be large
-        start_step, start = run.step, time.time() - run.wall_seconds
-        last_step, last_seconds = run.step, run.wall_seconds  # at the last evaluation
+        start = time.time() - run.wall_seconds
         bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None)
         while True:
             run.wall_seconds = time.time() - start
-            if stop or (run.step % args.checkpoint_interval == 0 and run.step > start_step):
+            if stop or (run.step and run.step % args.checkpoint_interval == 0):
                 writer.flush()
-                state = {"args": asdict(args), "run": vars(run), "obs": obs.tolist()}
+                state = {"args": asdict(args), "run": vars(run), "obs": obs.tolist() if run.actions else None}
                 state |= {name: part.state_dict() for name, part in parts.items()}
                 state["generators"] = [generator.get_state() for generator in generators]
                 state["files"] = {path.name: path.stat().st_size for path in run_dir.iterdir()}
                 save(run_dir / "checkpoint.pt", state)
             if stop:
                 print(f"stopped at agent step {run.step:,}; start the same command again to go on")
-                return RESUME_ME
-
+                return 75  # EX_TEMPFAIL
             if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
-                agent.eval()
-                scalars = diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
                 seeds = episode_seeds(args.seed, 1, run.step, count=args.eval_episodes)
                 returns = evaluate(agent, envs, seeds, stop, run_dir / "videos" / f"agent_step_{run.step}.mp4")
                 if returns is None:  # a signal came
                     continue
-                mean, std, steps = returns.mean(), returns.std(), run.step - last_step
+                mean, std, seconds = returns.mean(), returns.std(), round(run.wall_seconds, 1)
                 with open(run_dir / "eval.csv", "a") as file:
                     if file.tell() == 0:
                         file.write("agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n")
-                    row = (run.step, run.step * args.action_repeat, mean, std, len(returns), round(run.wall_seconds, 1))
-                    print(*row, sep=",", file=file, flush=True)
+                    file.write(f"{run.step},{run.step * args.action_repeat},{mean},{std},{len(returns)},{seconds}\n")
+                    file.flush()
                     os.fsync(file.fileno())
-                scalars |= {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+                scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
                 for name, sparsifier in agent.sparsifiers.items():
-                    scalars[f"sparsity/{name}_sparsity"] = sparsifier.sparsity()
-                    scalars[f"sparsity/{name}_topology_updates"] = sparsifier.topology_updates
-                    scalars[f"sparsity/{name}_replaced"] = sparsifier.replaced
+                    scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
+                scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, run.step)
-                speed = steps / (run.wall_seconds - last_seconds)
-                left = tqdm.format_interval((args.total_timesteps - run.step) / speed) if steps else "?"
-                tqdm.write(
-                    f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left} left"
-                )
-                last_step, last_seconds = run.step, run.wall_seconds
+                speed = run.step / run.wall_seconds
+                left = f"{(args.total_timesteps - run.step) / speed / 3600:.2f} h left" if run.step else ""
+                tqdm.write(f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left}")
             if run.step == args.total_timesteps:
                 break
 
+            if not run.actions:
+                obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
+                rb.start_episode(obs)
             agent.eval()
             action = agent.explore(obs, run.step < args.learning_starts, exploration)
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -890,30 +806,23 @@ def main() -> int:
                 writer.add_scalar("charts/episodic_return", run.episode_return, run.step)
                 writer.add_scalar("charts/episodic_length", len(run.actions), run.step)
                 run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
-                obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
-                rb.start_episode(obs)
             if run.step >= args.learning_starts:
                 agent.train()
                 metrics = agent.train_step(rb)
                 run.metrics |= zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)
                 if broken := [f"{name} is {value}" for name, value in run.metrics.items() if not math.isfinite(value)]:
-                    raise FloatingPointError(broken[0])
+                    raise FloatingPointError(f"{broken[0]}; a lower learning rate or LayerNorm may help")
                 if run.step % args.log_interval == 0:
-                    sps = (run.step - start_step) / (time.time() - start)
-                    for name, value in {**run.metrics, "charts/SPS": sps}.items():
+                    for name, value in {**run.metrics, "charts/SPS": run.step / (time.time() - start)}.items():
                         writer.add_scalar(name, value, run.step)
             bar.update()
-
         writer.close()
         weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
         masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifiers.items()}
         save(run_dir / "agent.pt", {"args": asdict(args), "run": vars(run), "agent": weights, "masks": masks})
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error} at agent step {run.step:,}; {run_dir} keeps the last good checkpoint. Under another "
-                 "--exp-name, a lower learning rate may help, or an architecture with LayerNorm")  # fmt: skip
-    except gym.error.Error as error:
-        sys.exit(f"error: {args.env_id}: {error} (agent step {run.step:,})")
+    except (FloatingPointError, gym.error.Error, ImportError) as error:
+        sys.exit(f"error: {error} ({args.env_id}, agent step {run.step:,}); {run_dir} keeps its last good checkpoint")
     except OSError as error:
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space and start the same command again")
     print(f"finished: results in {run_dir}")

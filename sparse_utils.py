@@ -369,6 +369,10 @@ class Sparsifier:
         size = sum(mask.numel() for mask in self.masks.values())
         return (size - self._active()) / size if size else 0.0
 
+    def statistics(self) -> dict[str, float]:
+        """What is worth logging: measured sparsity, topology updates so far, share of connections the last replaced."""
+        return {"sparsity": self.sparsity(), "topology_updates": self.topology_updates, "replaced": self.replaced}
+
     def coverage(self) -> float:
         """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
         size = sum(mask.numel() for mask in self.masks.values())
