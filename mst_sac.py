@@ -410,9 +410,7 @@ class DMControl(gym.Env):  # a task of the suite
 
     def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
         suite = import_module("dm_control.suite")  # only now: it reads MUJOCO_GL
-        self.dmc = suite.load(
-            *env_id.partition("-")[::2], task_kwargs={"random": seed}
-        )  # lqr draws its model from the seed
+        self.dmc = suite.load(*env_id.partition("-")[::2], task_kwargs={"random": seed})  # of lqr's model, too
         spaces = {k: gym.spaces.Box(-np.inf, np.inf, x.shape, x.dtype) for k, x in self.dmc.observation_spec().items()}
         self.observation_space = gym.spaces.Dict(list(spaces.items()))  # a list keeps the order of the spec
         spec = self.dmc.action_spec()  # lqr's limits of +-1e10 stand for none: its actions are in [-1, 1], too
