@@ -765,9 +765,9 @@ def check(args: Args) -> None:
     if os.name != "posix":
         raise ValueError("runs are locked and stopped as on Linux, macOS and WSL: use one of these")
     for name, value in asdict(args).items():
-        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else sys.maxsize
-        if type(value) in (int, float) and name != "target_entropy" and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}, the most {high}")
+        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else math.inf
+        if type(value) in (int, float) and name != "target_entropy" and not (low <= value <= high and value < math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
     if re.search(r"[^\w.+=-]", args.exp_name):
         raise ValueError(f"--exp-name {args.exp_name} names a folder: write letters, digits and _ . + = - only")
     if args.cuda and not torch.cuda.is_available():
