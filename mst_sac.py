@@ -333,7 +333,6 @@ class Agent(nn.Module):
         """One update of actor, temperature, critic and target, in this order and each with what is new by then."""
         batch = rb.sample(self.args.batch_size)
         obs, next_obs = self.normalizer(batch.obs), self.normalizer(batch.next_obs)
-
         temperature = self.log_temp.detach().exp()
         self.critic.requires_grad_(False)  # the actor's loss trains the actor alone
         actor_loss, log_prob = self.actor_loss(obs, temperature, self.noise(batch))
@@ -618,19 +617,19 @@ def load(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {name: content[name] for name in ("args", "run", "agent")} | content
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
-        sys.exit(f"error: {path} is damaged or not ours ({error!r:.200}); restore a copy, or delete it")
+        sys.exit(f"error: {path} is missing, damaged or not ours ({error!r:.200}); restore a copy, or delete it")
 
 
 def load_agent(args: Args) -> tuple[Args, dict]:
     """What the run directory of --eval-only holds, and the arguments to play it with: its own, but for how to play."""
-    paths = [path for name in ("agent.pt", "checkpoint.pt") if (path := Path(args.eval_only, name)).exists()]
-    if not paths:
-        raise ValueError(f"--eval-only {args.eval_only} is no run directory with an agent.pt or a checkpoint.pt")
-    saved = load(paths[0])
-    if unknown := sorted(saved["args"].keys() - asdict(args).keys()):
-        raise ValueError(f"{paths[0]} is of another script, which has --{unknown[0]}: play it with that one")
+    path, now, default = Path(args.eval_only, "agent.pt"), asdict(args), asdict(Args())
+    saved = load(path if path.exists() else path.with_name("checkpoint.pt"))
     own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
-    return replace(Args(**saved["args"]), buffer_size=1, **{name: getattr(args, name) for name in own}), saved
+    if foreign := sorted(saved["args"].keys() - now.keys()):
+        raise ValueError(f"{args.eval_only} is of another script, which has --{foreign[0]}: play it with that one")
+    if ignored := [name for name in now if now[name] != default[name] and name not in own]:
+        raise ValueError(f"--eval-only plays with the flags of the run: leave out --{ignored[0].replace('_', '-')}")
+    return replace(Args(**saved["args"]), buffer_size=1, **{name: now[name] for name in own}), saved
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
