@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@300
 # A task of a Slurm array. `python -m experiments submit` starts it; by hand, from the root of the repository:
 #     sbatch --array=0-95 experiments/array.sh PYTHON OFFSET FIGURE [--runs-per-task K ...]
 # The task number is OFFSET plus the array index. Partition, account and so on come from sbatch's flags or SBATCH_*.

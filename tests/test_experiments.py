@@ -26,6 +26,7 @@ from experiments.figures import FIGURES, Run, Size, defaults, runs, small_hours
 from experiments.status import exit_path, log_path, status
 from experiments.supervise import supervise
 
+SEEDS_SH = ARRAY_SH.with_name("seeds.sh")
 EVERY_RUN = [run for name in FIGURES for size in get_args(Size) for run in runs(name, size)]
 
 
@@ -416,8 +417,9 @@ def test_submit_without_slurm_says_where_to_submit(tmp_path, monkeypatch):
         ([], 75, False),
     ],
 )
+@pytest.mark.parametrize("program", [ARRAY_SH, SEEDS_SH], ids=lambda program: program.stem)
 def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
-    slurm, tmp_path, signals, code, requeued
+    slurm, tmp_path, program, signals, code, requeued
 ):
     python = tmp_path / "python"  # exits with the code after the signals
     python.write_text(
@@ -425,13 +427,42 @@ def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
         f'until [ "$got" = "{"".join(signals)}" ] || [ $SECONDS -gt 60 ]; do sleep 0.01; done; exit {code}\n'
     )
     python.chmod(0o755)
-    environ = os.environ | {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "21"}
-    task = subprocess.Popen([ARRAY_SH, python, "1000", "fig06", "--toy"], env=environ, stdout=subprocess.DEVNULL)
+    environ = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "21", "PYTHON": str(python)}
+    line = [program, python, "1000", "fig06", "--toy"] if program == ARRAY_SH else [program, "train.py", "--env", "a"]
+    task = subprocess.Popen(line, cwd=tmp_path, env=os.environ | environ, stdout=subprocess.DEVNULL)
     while not (tmp_path / "ready").exists() or not (tmp_path / "ready").read_text():
         time.sleep(0.01)
     for number in signals:
         task.send_signal(getattr(signal, f"SIG{number}"))
-        time.sleep(0.1)  # or bash might run the traps in another order
+        time.sleep(0.1 if program == ARRAY_SH else 0.6)  # or bash might run the traps in another order
     assert task.wait(120) == code
-    assert (tmp_path / "ready").read_text() == "-m experiments task --index 1004 fig06 --toy\n"
+    expected = "-m experiments task --index 1004 fig06 --toy" if program == ARRAY_SH else "train.py --env a --seed 4"
+    assert (tmp_path / "ready").read_text() == f"{expected}\n"
     assert slurm("scontrol") == (["scontrol requeue 17_4"] if requeued else [])
+
+
+def test_seeds_of_one_command_run_side_by_side_and_stop_together(tmp_path):
+    by_seed = STAND_IN.replace('flags["--env"]', 'flags["--env"].split(",")[int(flags["--seed"]) - 1]')
+    (tmp_path / "train.py").write_text(by_seed)
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environ |= {"PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "6"}
+    command = ["train.py", "--env", "ends,fails,waits,waits-too,ends", "--runs-dir", "."]
+
+    def start(seeds: str) -> subprocess.Popen:
+        line = [SEEDS_SH, "--jobs", "2", "--seeds", seeds, *command]
+        return subprocess.Popen(line, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+
+    ended = start("1,2")
+    out, _ = ended.communicate()
+    log = "logs/train.py-env-ends-fails-waits-waits-too-ends-runs-dir-.-seed-"
+    assert sorted(out.splitlines()) == [f"seed 1 ended with 0, see {log}1.log", f"seed 2 ended with 1, see {log}2.log"]
+    assert ended.returncode == 1
+    text = (tmp_path / f"{log}2.log").read_text()
+    assert text == "threads 3 gpus None\na line before\nerror: the loss is not finite\n"
+
+    stopped = start("3-5")
+    while not all((tmp_path / f"{task}.pid").exists() for task in ("waits", "waits-too")):
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(60) == 75
+    assert not (tmp_path / f"{log}5.log").exists()  # nothing is started after the signal
