@@ -395,7 +395,7 @@ def draw(figure: str, table: pd.DataFrame, caption: str, statistic: str = "iqm")
         labels = {"fontsize": STYLE["axes.labelsize"]}
         if form.kind != "curves":
             body.supylabel(f"Final return ({statistic.replace('iqm', 'IQM')})", **labels)
-        body.supxlabel("Agent steps" if form.kind == "curves" else AXES.get(form.x, ""), **labels)
+        body.supxlabel("Agent steps" if form.kind == "curves" else AXES.get(form.x, form.x if lines else ""), **labels)
         add_legend(body, keys, form.legend)
     return fig
 

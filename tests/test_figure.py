@@ -210,6 +210,22 @@ def test_dense_is_dashed_against_mst():
     assert styles == {(figure.LOOKS["dense"].color, "--"), (figure.LOOKS["MST"].color, "-")}
 
 
+def test_the_documented_study_has_runs_and_a_drawing(monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+    monkeypatch.setattr(figure, "FORMS", dict(FORMS))
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    (study,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert study.count("\n") <= 10
+    exec(study, {**vars(figure), **vars(figures)})
+    first, *_ = chosen = figures.runs("first-steps", "small")
+    assert (len(chosen), first.directory) == (
+        3 * 2 * 5, "cheetah-run__small-mrq-e6s1dense-c6s1dst-a5s1sst-learning_starts_1000__1"
+    )  # fmt: skip
+    assert " --hidden-dim 128 " in " ".join(first.arguments())
+    drawn = draw("first-steps", numbers(made("first-steps"), "first-steps"), "")
+    assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["1k", "5k", "20k"]
+
+
 def test_files_suit_a_paper_and_repeat(runs_dir, tmp_path):
     first, second = (
         save(*prepare("fig12", Options(runs_dir)), tmp_path / name / "fig12") for name in ("first", "second")
