@@ -24,19 +24,20 @@ class Made(Loaded):
         return self.evaluations.rename(columns={"episode_return_mean": "value"})
 
 
-def made(figure, score, spread=lambda cell: 1, seeds=8, without=()):
+def made(figure, score=lambda cell: 100, spread=lambda cell: 1, seeds=8, without=()):
     """The runs of a figure: from 100 to score(all flags of the cell) + spread(those) * the noise of the seed."""
     rows = []
     for run in figures.runs(figure, seeds=seeds):
         cell, state = figures.DEFAULTS | run.cell, "missing" if run.directory in without else "complete"
         row = {"env": run.env, "seed": run.seed, **cell, "exp_name": run.exp_name, "directory": run.directory}
+        size = np.prod([float(value) ** 2 for flag, value in run.cell.items() if flag.endswith("scale")]) * 1e6
+        row |= {f"{module}parameters": size for module in ("", "encoder_", "critic_", "actor_")}
         rows.append(row | {"state": state, "final": score(cell) + spread(cell) * NOISE[run.seed - 1]})
     runs = pd.DataFrame(rows)
-    flags = list(cell.keys() - {"script"})
-    loaded = Made(figure, flags, runs, pd.DataFrame())
+    loaded = Made(figure, list(cell.keys() - {"script"}), runs, pd.DataFrame())
     done = runs[runs["state"] == "complete"]
     curves = [
-        done[loaded.identity].assign(agent_step=step, episode_return_mean=done["final"] if step else 100)
+        done[loaded.identity].assign(agent_step=step, episodes=10, episode_return_mean=done["final"] if step else 100)
         for step in (0, 500_000)
     ]
     loaded.evaluations = pd.concat(curves, ignore_index=True)
@@ -162,18 +163,12 @@ def test_a_missing_run_is_named_and_a_missing_task_decides_nothing():
     assert other.verdict == CONFIRMED  # scale 3 has all its runs
 
 
-def test_a_short_run_does_not_count():
+def test_a_short_run_does_not_count_and_a_cell_left_out_of_the_choice_is_named():
     loaded = made("fig17", by("residual", pre=50, post=0))
     loaded.runs.loc[0, "state"] = "short"
     verdict, _ = verdicts(loaded)
-    assert (verdict.missing, list(verdict.n.values())) == (
-        f"missing: dog-run__{loaded.runs['exp_name'][0]} (7 of 8)",
-        [15, 16],
-    )
-
-
-def test_a_cell_left_out_of_the_choice_is_named():
-    loaded = made("fig17", lambda cell: 100)
+    assert verdict.missing == f"missing: dog-run__{loaded.runs['exp_name'][0]} (7 of 8)"
+    assert list(verdict.n.values()) == [15, 16]
     loaded.runs = loaded.runs[loaded.runs["residual"] == "pre"]
     assert "residual post (not among the chosen runs)" in verdicts(loaded)[0].missing
 

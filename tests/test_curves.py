@@ -74,3 +74,11 @@ def test_without_runs_or_values_it_says_so(runs_dir, tmp_path, capsys, line, par
     with pytest.raises(SystemExit, match="2"):
         main([str(runs_dir if line else tmp_path / "nowhere"), *line])
     assert part in capsys.readouterr().err
+
+
+def test_a_real_run_is_loaded_whole(reference):
+    loaded = load_runs(reference)
+    assert loaded.report() == ""
+    assert loaded.runs["state"].tolist() == ["complete"]
+    assert (loaded.runs[["parameters", "peak_memory_gib"]].to_numpy() > 0).all()
+    assert len(values(loaded)) == len(values(loaded, TAG)) + 1  # diagnostics come with each evaluation but the first
