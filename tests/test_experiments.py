@@ -19,8 +19,6 @@ from typing import get_args
 
 import pytest
 import tyro
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
 from experiments.figures import FIGURES, Run, Size, defaults, runs, small_hours
@@ -42,20 +40,15 @@ def test_no_two_runs_share_a_directory():
 @pytest.mark.parametrize(
     ("figure", "cells", "number"),
     [
-        ("fig02", 6 * 5, 6 * 5 * 2 * 8),  # types, regimes; tasks, seeds
-        ("fig04", 3 * 3 * 5, 3 * 3 * 5 * 2 * 8),  # encoder types 2, 4 and 6, scales 1, 3 and 5
-        ("fig05", 6 * 5, 6 * 5 * 2 * 8),
+        ("fig02", 6 * 5, 6 * 5 * 2 * 8),  # types, regimes; tasks, seeds. Also Figs. 5 and 8
+        ("fig04", 3 * 3 * 5, 3 * 3 * 5 * 2 * 8),  # encoder types 2, 4 and 6, scales 1, 3 and 5. Also Fig. 9
         ("fig06", 6 * 3 * 5, 6 * 3 * 5 * 2 * 8),  # all critic types
-        ("fig08", 6 * 5, 6 * 5 * 2 * 8),
-        ("fig09", 3 * 3 * 5, 3 * 3 * 5 * 2 * 8),  # actor types 1, 3 and 5
         ("fig11", 3 * 3, 3 * 3 * 2 * 8),  # MR.Q, + Res, + MST; scales
         ("fig12", 1 + 1 + 1 + 7, 10 * 1 * 8),  # MST; uniform; SET; sparsity 0.2 to 0.9 but 0.6, which is MST; dog-run
         ("fig13", 2 * 2 * (1 + 4 * 3), 52 * 4 * 8),  # algorithms, dense and MST, x1 and 4 larger in 3 ways; 4 tasks
         ("fig14", 5, 5 * 1 * 8),  # humanoid-run
         ("fig17", 2 * 2, 2 * 2 * 2 * 8),  # pre and post, scales 1 and 3
         ("fig26", 2 * (1 + 2 * 3), 14 * 2 * 5),  # dense and MST, x1 and 2 larger in 3 ways; 5 seeds
-        ("sparsity", 6, 6 * 2 * 8),
-        ("rigl", 3 * 3, 3 * 3 * 2 * 8),
     ],
 )
 def test_a_figure_has_the_cells_of_the_papers_matrix(figure, cells, number):
@@ -102,22 +95,19 @@ def expand(expression: str) -> list[int]:
     return [index for low, *high in bounds for index in range(low, (high or [low])[0] + 1)]
 
 
-@settings(derandomize=True, deadline=None, max_examples=50, database=None)
-@given(number=st.integers(1, 1440), runs_per_task=st.integers(1, 9), size=st.integers(1, 1001))
+@pytest.mark.parametrize("number", [1, 2, 97, 1440])
+@pytest.mark.parametrize("runs_per_task", [1, 4, 7])
+@pytest.mark.parametrize("size", [1, 10, 1001])
 def test_every_run_has_one_array_index(number, runs_per_task, size):
-    chosen = runs("fig06")[:number]
+    chosen, found = runs("fig06")[:number], []
     tasks = range(-(-number // runs_per_task))
-    found = []
     for offset, indices in arrays(tasks, size):
         assert expand(ranges(indices)) == indices
         assert 0 <= min(indices) <= max(indices) < size  # what Slurm accepts
         for index in indices:
-            of_this = of_task(chosen, offset + index, runs_per_task)
-            assert 1 <= len(of_this) <= runs_per_task
-            found += of_this
+            found += of_task(chosen, offset + index, runs_per_task)
+            assert 1 <= len(of_task(chosen, offset + index, runs_per_task)) <= runs_per_task
     assert found == chosen
-    with pytest.raises(ValueError, match=f"tasks 0 to {tasks[-1]}$"):
-        of_task(chosen, tasks[-1] + 1, runs_per_task)
 
 
 def test_tasks_with_gaps_are_submitted_without_the_gaps():
@@ -128,21 +118,19 @@ def test_tasks_with_gaps_are_submitted_without_the_gaps():
 # The state of a run
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    run_dir = tmp_path / "dog-run__a__1"
-    run_dir.mkdir()
-    (tmp_path / "logs").mkdir()
-    return run_dir
-
-
 def state(run_dir: Path) -> str:
     return status(run_dir.parent, run_dir.name).state
 
 
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
 @pytest.mark.parametrize("exit_code", ["0", "1", "75", None])
 def test_a_run_is_finished_if_it_has_an_agent(run_dir, exit_code):
-    (run_dir / "checkpoint.pt").touch()
     if exit_code:
         exit_path(run_dir.parent, run_dir.name).write_text(exit_code)
     assert state(run_dir) == ("failed" if exit_code == "1" else "resumable")
@@ -243,20 +231,14 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log_and_stops_no_other(wat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, capsys, number):
-    living = ("waits", "waits-too", "deaf")
-    assert watch(*living, "later", side_by_side=3, number=number, when=living) == 75
+def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, number):
+    living = ("fails", "waits", "waits-too", "deaf")
+    assert (
+        watch(*living, "later", side_by_side=4, number=number, when=living) == 75
+    )  # to resume weighs more than failed
     # the deaf one died by the signal, as a script does that has not yet begun to listen: there is nothing to report
-    assert [exit_code(watch.runs_dir, env) for env in living] == ["75", "75", "75"]
+    assert [exit_code(watch.runs_dir, env) for env in living] == ["1", "75", "75", "75"]
     assert not log_path(watch.runs_dir, name("later")).exists()
-    out = capsys.readouterr().out
-    assert "4 of 4 runs are not finished: start the same command again" in out
-    assert "FAILED" not in out
-
-
-def test_a_run_to_resume_weighs_more_than_a_failed_one(watch):
-    """Else a Slurm task with one failed run would not be requeued for the others."""
-    assert watch("fails", "waits", side_by_side=2, number=signal.SIGUSR1, when=("fails", "waits")) == 75
 
 
 def test_the_log_is_appended_and_the_exit_code_forgotten_while_it_runs(watch):

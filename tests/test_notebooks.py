@@ -30,10 +30,12 @@ def runs_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, runs_dir, monkeypatch):
+def test_notebook_is_stored_without_output_and_runs(path, runs_dir, monkeypatch):
     for name, value in {**ENVIRONMENT, "RUNS": str(runs_dir), "SIZE": "toy", "MUJOCO_GL": "disable"}.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
     drawing = [cell for cell in notebook.cells if cell.source.startswith("show(") or "\ndraw(" in f"\n{cell.source}"]
     assert drawing
@@ -41,16 +43,3 @@ def test_notebook_runs(path, runs_dir, monkeypatch):
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell
         printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # in pieces
         assert "missing: cartpole-balance__toy-" in printed or path.stem == "curves"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_without_output(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell for cell in code if cell.outputs or cell.execution_count is not None] == []
-
-
-def test_there_is_a_notebook_per_section():
-    assert [path.stem for path in NOTEBOOKS] == ["actor", "algorithms", "critic", "curves", "encoder", "mst"]
