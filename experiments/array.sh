@@ -19,13 +19,11 @@ child=$!
 while :; do
     wait "$child"
     code=$?
-    # a signal ends `wait`, not the child
-    if [ "$code" -le 128 ] || ! kill -0 "$child" 2>/dev/null; then
-        break
-    fi
+    kill -0 "$child" 2>/dev/null || break # a signal ends `wait`, not the child
 done
+[ "$code" -le 128 ] || { wait "$child"; code=$?; } # the child's own code, if it ended just as the signal ended `wait`
 
-# 138: it ended by USR1 itself, before it could listen, or just as the signal ended `wait`
+# 138: it ended by USR1 itself, before it could listen
 if [ "$warned" ] && [ ! "$cancelled" ] && { [ "$code" -eq 75 ] || [ "$code" -eq 138 ]; }; then
     echo "the time limit is near: requeued"
     trap "" TERM # Slurm ends this script to requeue it

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis.runs import load_figure, load_published, load_runs, size
+from analysis.runs import load_figure, load_runs, size
 from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
@@ -129,23 +129,16 @@ def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_siz
 
 
 def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
-    write(tmp_path, PRE)
+    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
     loaded = load_runs(tmp_path)
     row = loaded.runs.iloc[0]
-    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "cartpole-balance", "pre", 64)
+    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "gone-v9", "pre", 64)
+    assert np.isnan(row["parameters"]) and len(loaded.evaluations) == 2
+    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
     with pytest.raises(ValueError, match="give the folder that holds the run directories"):
         load_runs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="give the one that holds the run directories"):
         load(tmp_path / "nowhere")
-
-
-def test_published_curves_need_their_columns(tmp_path):
-    path = tmp_path / "published.csv"
-    path.write_text("env,algo,seed,agent_step,env_step,return\ndog-run,mrq,0,5000,10000,3.5\n")
-    assert load_published(path).values.tolist() == [["dog-run", "mrq", 0, 5000, 10000, 3.5]]
-    path.write_text("env,algo,seed,agent_step,env_step\n")
-    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
-        load_published(path)
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -200,11 +193,3 @@ def test_a_schedule_counts_with_its_mean(regime, share):
     args = ENV | {"critic_regime": regime, "critic_sparsity": 0.5, "distribution": "uniform"}
     counted = size("mst_mrq", args)
     assert counted["critic_sparse_flops"] == pytest.approx(counted["critic_flops"] * (1 - 0.5 * share), rel=1e-5)
-
-
-def test_an_environment_that_cannot_be_made_is_named(tmp_path):
-    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
-    loaded = load_runs(tmp_path)
-    assert np.isnan(loaded.runs["parameters"]).all()
-    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
-    assert len(loaded.evaluations) == 2

@@ -33,11 +33,6 @@ def runs_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def fig12(runs_dir) -> Loaded:
-    return load_figure("fig12", runs_dir)
-
-
 def made(name: str, seeds: int = 2, lost: int = 0) -> Loaded:
     """All runs of a figure but the `lost` last."""
     chosen = figures.runs(name, seeds=seeds)
@@ -49,8 +44,12 @@ def texts(drawn) -> list[str]:
 
 
 @pytest.mark.parametrize(("statistic", "value"), [("iqm", 4.5), ("mean", 16)])
-def test_a_bar_is_the_statistic_of_the_final_returns(fig12, statistic, value):
-    bar = numbers(fig12, "fig12", statistic).set_index(["column", "point"]).loc["distribution", "uniform"]
+def test_a_bar_is_the_statistic_of_the_final_returns(runs_dir, statistic, value):
+    bar = (
+        numbers(load_figure("fig12", runs_dir), "fig12", statistic)
+        .set_index(["column", "point"])
+        .loc["distribution", "uniform"]
+    )
     assert (bar["value"], bar["n"], bar["expected"]) == (value, 8, 8)
     assert 1 <= bar["low"] < value < bar["high"] <= 100
 
@@ -126,19 +125,19 @@ def test_a_panel_without_runs_has_the_axis_of_the_others():
     assert type1.get_xlim() == type6.get_xlim()
 
 
-def legend(name: str) -> dict[str, tuple]:
-    drawn = draw(name, numbers(made(name, seeds=1), name), "caption")
-    handles = [handle for part in drawn.subfigs for entry in part.legends for handle in entry.legend_handles]
-    return {handle.get_label(): handle for handle in handles}
-
-
 def test_a_regime_has_one_colour_in_all_figures_patches_for_bars_and_the_papers_markers_for_lines():
+    def legend(name: str) -> dict:
+        drawn = draw(name, numbers(made(name, seeds=1), name), "")
+        return {handle.get_label(): handle for entry in drawn.legends for handle in entry.legend_handles}
+
     lines = {name: (line.get_color(), line.get_marker()) for name, line in legend("fig04").items()}
     assert [marker for _, marker in lines.values()] == ["o", "s", "D", "<", ">"]  # the paper's
     bars = {name: to_hex(patch.get_facecolor()).upper() for name, patch in legend("fig05").items()}
     assert bars == {name: color for name, (color, _) in lines.items()}
     assert list(bars) == ["Dense", "SST", "DST", "S2D", "D2S"]
-    assert legend("fig14")["MST"].get_color() == legend("fig26")["MST"].get_color() not in bars.values()
+    scaled = legend("fig26")
+    assert legend("fig14")["MST"].get_color() == scaled["MST"].get_color() not in bars.values()
+    assert [line.get_linestyle() for line in scaled.values()] == ["--", "-"]  # dense dashed against MST
 
 
 def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
@@ -153,14 +152,6 @@ def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
     places.sort()
     assert [name for *_, name in places] == ["Dense", "SST", "DST", "S2D", "D2S"]
     assert [line for line, *_ in places].count(places[-1][0]) == 2
-
-
-def test_dense_is_dashed_against_mst():
-    drawn = draw("fig26", numbers(made("fig26", seeds=1), "fig26"), "")
-    styles = {(line.get_color(), line.get_linestyle()) for line in drawn.get_axes()[0].lines} - {
-        (color, "None") for color in (figure.LOOKS["dense"].color, figure.LOOKS["MST"].color)
-    }
-    assert styles == {(figure.LOOKS["dense"].color, "--"), (figure.LOOKS["MST"].color, "-")}
 
 
 def test_the_documented_study_has_runs_and_a_drawing(monkeypatch):
@@ -237,9 +228,11 @@ def test_published_curves_are_laid_over(tmp_path):
     others = [("dog-run", "sac", 1, 0, 0, 1.0), ("walker-walk", "mrq", 1, 0, 0, 1.0)]
     pd.DataFrame(rows + others, columns=columns).to_csv(path, index=False)
     found = figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
-    assert found[["row", "series", "x", "value", "n"]].values.tolist() == [
-        ["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)
-    ]
+    expected = [["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)]
+    assert found[["row", "series", "x", "value", "n"]].values.tolist() == expected
+    path.write_text("env,algo,seed,agent_step,env_step\n")
+    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
+        figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
 
 
 def test_all_draws_what_has_runs_and_names_the_rest(runs_dir, tmp_path, capsys, monkeypatch):

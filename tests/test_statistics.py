@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.statistics import area_under_curve, by_task, final_performance, interval, iqm, mean
+from analysis.statistics import area_under_curve, final_performance, interval, iqm, mean
 from analysis.statistics import performance_profile as profile
 from analysis.statistics import probability_of_improvement as improvement
 
@@ -60,11 +60,6 @@ def test_final_performance_is_the_mean_of_the_last_evaluations_and_says_of_how_m
     full = final_performance(curve(list(range(0, 505_000, 5000)), list(range(101))))  # the evaluations of a full run
     assert full[["n_evaluations", "value"]].values.tolist() == [[10, sum(range(91, 101)) / 10]]
     assert final_performance(curve([0, 10, 20], [1, 2, 6]))["n_evaluations"].item() == 1
-
-
-def test_scores_by_task_are_sorted_by_its_name():
-    frame = pd.DataFrame({"env": ["walker", "dog", "walker"], "value": [1, 2, 3]})
-    assert [task.tolist() for task in by_task(frame)] == [[2], [1, 3]]
 
 
 def test_values_and_intervals_are_those_of_rliable():
