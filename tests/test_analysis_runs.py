@@ -163,14 +163,11 @@ def test_parameters_are_those_of_the_paper():
 def test_active_parameters_are_those_outside_the_masks(script, distribution):
     args = {"critic_regime": "dst", "actor_regime": "sst", "distribution": distribution, "width_scale": 0.1} | ENV
     module = importlib.import_module(script)
-    networks = module.Args(**args)
-    if hasattr(module, "fill_in"):
-        module.fill_in(networks)
-    agent = module.make_agent(networks, 67, 21, torch.device("cpu"))  # humanoid's observation and action
-    counted = size(script, dataclasses.asdict(networks))
+    agent = module.Agent(module.Args(**args), 67, 21, torch.device("cpu"))  # humanoid's observation and action
+    counted = size(script, dataclasses.asdict(agent.args))
     for name in ("critic", "actor"):
         parameters = sum(p.numel() for p in getattr(agent, name).parameters())
-        zeros = sum(int((~mask).sum()) for mask in agent.sparsifier[name].masks.values())
+        zeros = sum(int((~mask).sum()) for mask in agent.sparsifiers[name].masks.values())
         assert counted[f"{name}_parameters"] == parameters
         assert counted[f"{name}_active"] == parameters - zeros
 

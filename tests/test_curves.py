@@ -71,5 +71,5 @@ def test_a_real_run_is_loaded_whole(reference):
     loaded = load_runs(reference)
     assert loaded.report() == ""
     assert loaded.runs["state"].tolist() == ["complete"]
-    assert (loaded.runs[["parameters", "peak_memory_gib"]].to_numpy() > 0).all()
+    assert loaded.runs["parameters"].item() > 0
     assert len(values(loaded)) == len(values(loaded, TAG)) + 1  # diagnostics come with each evaluation but the first

@@ -62,7 +62,7 @@ def test_every_command_line_is_what_its_cell_says(size):
     for run in {run.exp_name: run for run in EVERY_RUN if run.size == size}.values():
         script = importlib.import_module(run.script)
         args = tyro.cli(script.Args, args=run.arguments()[1:])
-        script.validate(args)  # ends with exit code 2 at a wrong one
+        script.check(args)
         assert run.directory == f"{args.env_id}__{args.exp_name}__{args.seed}"
         expected = {flag: value for flag, value in (defaults(run.script) | run.cell).items() if hasattr(args, flag)}
         if size == "toy":  # it has a clock of its own
@@ -165,6 +165,7 @@ if task == "crashes":
 end = time.monotonic() + 60
 while task in ("waits", "waits-too", "deaf") and not received and time.monotonic() < end:
     time.sleep(0.01)
+print("received", *received)
 sys.exit(75 if received else 0)
 """
 CELL = {"residual": ("pre",), "critic_scale": ("1",)}  # one of Fig. 17
@@ -220,6 +221,8 @@ def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, number):
     # the deaf one died by the signal, as a script does that has not yet begun to listen: there is nothing to report
     assert [exit_path(watch.runs_dir, name(env)).read_text().strip() for env in living] == ["1", "75", "75", "75"]
     assert not log_path(watch.runs_dir, name("later")).exists()
+    passed_on = signal.SIGTERM if number == signal.SIGINT else number  # Ctrl-C reaches the runs by itself, too
+    assert f"received {int(passed_on)}\n" in log_path(watch.runs_dir, name("waits")).read_text()
 
 
 def test_the_log_is_appended_and_the_exit_code_forgotten_while_it_runs(watch):
