@@ -2,51 +2,42 @@
 
     python mst_mrq.py --env dog-run --critic-regime dst --scale 5         # the paper's MST at 5x width and depth
     python mst_mrq.py --env humanoid-run --encoder-arch 4 --critic-arch 4 --actor-arch 3 \\
-        --encoder-regime dense --critic-regime dense --actor-regime dense     # the original MR.Q
+        --encoder-regime dense --critic-regime dense --actor-regime dense     # MR.Q without MST
     python mst_mrq.py --eval-only runs/dog-run__mst_mrq__1 --capture-video    # play a trained agent
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
 2510.12096): the networks of Appendix C, the algorithm MR.Q of Appendix B.3 (arXiv 2501.16142) and one training regime
-per module (section 4): encoder dense, critic dynamic sparse, actor static sparse. One agent step is one action of the
-policy, which DeepMind Control repeats for two environment steps; flags and plots count agent steps.
-
-Results go to `runs/<env>__<exp_name>__<seed>/`. The same command started again resumes from the last checkpoint.
-Exit codes: 0 finished, 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (start the same command to go on),
-2 wrong usage, 1 any other failure.
+per module (section 4): encoder dense, critic dynamic sparse, actor static sparse. The algorithm comes first; what
+follows below `# OPERATIONS` runs it and is the same in all scripts. Exit codes: 0 finished, 75 stopped by a signal with
+a checkpoint (the same command resumes), 2 wrong usage, 1 any other failure.
 """
 
 import copy
-import ctypes
-import difflib
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import platform
-import resource
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-import torch.optim as optim
 import tyro
+from torch import Tensor, nn, optim
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,550 +49,81 @@ Arch = Literal[1, 2, 3, 4, 5, 6]
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment, part of the run directory"""
-    seed: int = 1
-    """seed of networks, masks, exploration, replay and environment"""
-    torch_deterministic: bool = True
-    """if toggled, `torch.backends.cudnn.deterministic=True`"""
-    cuda: bool = torch.cuda.is_available()
-    """train on the GPU (the default where there is one); `--no-cuda` trains on the CPU"""
-    track: bool = False
-    """if toggled, this experiment is also tracked with Weights and Biases"""
-    wandb_project_name: str = "mst"
-    """the wandb project"""
-    wandb_entity: str | None = None
-    """the entity (team) of the wandb project"""
-    capture_video: bool = False
-    """record the first episode of each evaluation as an mp4 under `videos/` in the run directory"""
-    runs_dir: str = "runs"
-    """the folder that holds the run directories"""
-    dry_run: bool = False
-    """print the table of networks and memory, then stop"""
-    eval_only: str | None = None
-    """play the agent of this run directory or `agent.pt` for `eval_episodes` episodes, print the returns, then stop"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run directory
+    seed: int = 1  # seed of networks, masks, exploration, replay and environment
+    torch_deterministic: bool = True  # sets `torch.backends.cudnn.deterministic`
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    track: bool = False  # track the run with Weights and Biases, too
+    wandb_project_name: str = "mst"  # project there
+    wandb_entity: str | None = None  # entity (team) there
+    capture_video: bool = False  # record the first episode of each evaluation under `videos/`
+    runs_dir: str = "runs"  # folder of the run directories
+    dry_run: bool = False  # print the table of networks and memory, then stop
+    eval_only: str | None = None  # play the agent of this run directory or `agent.pt`, print its returns, then stop
+    cuda_graphs: bool = False  # on a GPU, run each update as one CUDA graph
+    compile: bool = False  # fuse the losses with `torch.compile`: a minute or two at the start
+    matmul_precision: Literal["highest", "high"] = "high"  # on a GPU: float32 or TF32 products
 
-    # Speed (docs/performance.md)
-    cuda_graphs: bool = True
-    """on a GPU, run the updates as CUDA graphs (after one of them was compared with an eager update)"""
-    compile: bool = False
-    """fuse the losses with `torch.compile`, a minute or two at the start; docs/performance.md says where it pays"""
-    matmul_precision: Literal["highest", "high"] = "high"
-    """float32 matrix products on a GPU: in float32 (highest) or TF32 (high)"""
-    bf16: bool = False
-    """compute the losses in bfloat16 (`torch.autocast`); parameters, outputs and optimizers stay in float32"""
-    overlap: bool = torch.cuda.is_available()
-    """choose each action before the update that is due, which then runs while the environment steps (the default where
-    there is a GPU): the action is by one update older"""
-
-    # Environment and evaluation
-    env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "dog-run"
-    """`domain-task` of DeepMind Control, or a Gymnasium id with a bounded Box action space"""
-    action_repeat: int | None = None
-    """environment steps per agent step (default: 2 on DeepMind Control, 1 elsewhere)"""
-    total_timesteps: int = 500_000
-    """agent steps of the whole run"""
-    eval_interval: int = 5_000
-    """agent steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation, played without noise in environments of their own"""
-    log_interval: int = 100
-    """agent steps between writes of the losses to TensorBoard"""
-    checkpoint_interval: int = 10_000
-    """agent steps between checkpoints; one is also written when the run is stopped by a signal"""
-    eval_workers: int | None = None
-    """processes that step the evaluation's environments while training goes on (default: one per core, or
-    OMP_NUM_THREADS of them; none where that is one)"""
-    diagnostics: bool = True
-    """measure srank, dormant ratio and norms of each module at every evaluation (never changes the training)"""
+    # Environment and evaluation. A step is an agent step: one action of the policy
+    env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "dog-run"  # dm_control task or Gymnasium id
+    action_repeat: int | None = None  # environment steps per agent step (None: 2 on DeepMind Control, else 1)
+    max_episode_steps: int | None = None  # truncates episodes (None: the limit that the environment declares)
+    total_timesteps: int = 500_000  # agent steps of the whole run; the schedules of eqs. 1 and 2 run over them
+    eval_interval: int = 5_000  # agent steps between evaluations
+    eval_episodes: int = 10  # episodes per evaluation, without noise, in environments of their own
+    eval_processes: bool = torch.cuda.is_available()  # a process for each of these environments
+    log_interval: int = 100  # agent steps between writes of the losses to TensorBoard
+    checkpoint_interval: int = 10_000  # agent steps between checkpoints; a signal writes one, too
+    diagnostics: bool = True  # measure srank, dormant ratio and norms at every evaluation (never changes the training)
 
     # Algorithm (Tables 1 and 2 of the paper)
-    buffer_size: int = 1_000_000
-    """replay buffer capacity in time steps"""
-    gamma: float = 0.99
-    """discount factor"""
-    batch_size: int = 256
-    """batch size of every update"""
-    learning_starts: int = 10_000
-    """agent steps of uniformly random actions before training starts"""
-    target_network_frequency: int = 250
-    """training steps between copies to the target networks, each followed by as many encoder updates"""
-    encoder_lr: float = 1e-4
-    """learning rate of the encoder"""
-    critic_lr: float = 3e-4
-    """learning rate of the critic"""
-    actor_lr: float = 3e-4
-    """learning rate of the actor"""
-    weight_decay: float = 1e-4
-    """weight decay of the three AdamW optimizers"""
-    max_grad_norm: float = 20.0
-    """largest norm of the critic's gradient (clipped after masking)"""
-    exploration_noise: float = 0.2
-    """standard deviation of the noise on executed actions"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise on target actions"""
-    noise_clip: float = 0.3
-    """largest absolute noise on target actions"""
-    encoder_horizon: int = 5
-    """steps that the encoder is unrolled for"""
-    q_horizon: int = 3
-    """steps of the n-step return"""
+    buffer_size: int = 1_000_000  # capacity of the replay buffer in time steps
+    gamma: float = 0.99  # discount factor
+    batch_size: int = 256  # batch size of every update
+    learning_starts: int = 10_000  # agent steps of uniformly random actions before training starts
+    target_network_frequency: int = (
+        250  # training steps between target copies, each followed by as many encoder updates
+    )
+    encoder_lr: float = 1e-4  # learning rate of the encoder
+    critic_lr: float = 3e-4  # learning rate of the critic
+    actor_lr: float = 3e-4  # learning rate of the actor
+    weight_decay: float = 1e-4  # weight decay of all three (AdamW)
+    max_grad_norm: float = 20.0  # largest norm of the critic's gradient (clipped after masking)
+    exploration_noise: float = 0.2  # standard deviation of the noise on executed actions
+    policy_noise: float = 0.2  # standard deviation of the noise on target actions
+    noise_clip: float = 0.3  # largest absolute noise on target actions
+    encoder_horizon: int = 5  # steps that the encoder is unrolled for
+    q_horizon: int = 3  # steps of the n-step return
 
-    # Networks (Appendix C)
-    encoder_arch: Arch = 6
-    """type: 1 ReLU, 2 ELU, 3 LayerNorm+ReLU, 4 LayerNorm+ELU, 5 as 3 with residuals, 6 as 4 with residuals"""
-    critic_arch: Arch = 6
-    """type of the critic"""
-    actor_arch: Arch = 5
-    """type of the actor"""
-    residual: Literal["pre", "post"] = "pre"
-    """where the residual connection of types 5 and 6 starts, before or after LayerNorm and activation (Fig. 16)"""
-    scale: float = 1.0
-    """multiplies width and depth of every module"""
-    width_scale: float | None = None
-    """multiplies the widths of every module, instead of `scale`"""
-    depth_scale: float | None = None
-    """multiplies the number of blocks of every module, instead of `scale`"""
-    encoder_scale: float | None = None
-    """width and depth of the encoder, instead of the scales of every module"""
-    encoder_width_scale: float | None = None
-    """width of the encoder, instead of `encoder_scale`"""
-    encoder_depth_scale: float | None = None
-    """number of blocks of the encoder, instead of `encoder_scale`"""
-    critic_scale: float | None = None
-    """width and depth of the critic, instead of the scales of every module"""
-    critic_width_scale: float | None = None
-    """width of the critic, instead of `critic_scale`"""
-    critic_depth_scale: float | None = None
-    """number of blocks of the critic, instead of `critic_scale`"""
-    actor_scale: float | None = None
-    """width and depth of the actor, instead of the scales of every module"""
-    actor_width_scale: float | None = None
-    """width of the actor, instead of `actor_scale`"""
-    actor_depth_scale: float | None = None
-    """number of blocks of the actor, instead of `actor_scale`"""
+    # Networks (Appendix C). Types: 1 ReLU, 2 ELU, 3 and 4 with LayerNorm before it, 5 and 6 with residuals, too
+    encoder_arch: Arch = 6  # type of the encoder
+    critic_arch: Arch = 6  # type of the critic
+    actor_arch: Arch = 5  # type of the actor
+    residual: Literal["pre", "post"] = "pre"  # residuals start before or after LayerNorm and activation (Fig. 16)
+    hidden_dim: int = 512  # width of every module at scale 1, with one block
+    scale: float = 1.0  # width and depth of every module
+    width_scale: float | None = None  # width of every module, instead of `scale`
+    depth_scale: float | None = None  # number of blocks of every module, instead of `scale`
+    encoder_scale: float | None = None  # width and depth of the encoder, instead of the scales above
+    critic_scale: float | None = None  # width and depth of the critic, instead of the scales above
+    actor_scale: float | None = None  # width and depth of the actor, instead of the scales above
 
     # Training regimes (section 2.1): dense, static sparse, dynamic sparse, sparse to dense, dense to sparse
-    encoder_regime: Regime = "dense"
-    """training regime of the encoder"""
-    critic_regime: Regime = "dst"
-    """training regime of the critic"""
-    actor_regime: Regime = "sst"
-    """training regime of the actor"""
-    encoder_sparsity: float = 0.6
-    """share of the encoder's weights that is zero (s2d starts from it, d2s ends at it)"""
-    critic_sparsity: float = 0.6
-    """share of the critic's weights that is zero"""
-    actor_sparsity: float = 0.6
-    """share of the actor's weights that is zero"""
-    distribution: Literal["er", "uniform", "uniform-dense-output"] = "er"
-    """how the sparsity is distributed over the layers of a module"""
-    growth: Literal["rigl", "set"] = "rigl"
-    """connections grow where the gradient is largest (rigl) or at random (set)"""
-    topology_update_interval: int = 1000
-    """a module's updates between changes of its topology"""
-    drop_fraction: float = 0.5
-    """share of the connections replaced at the first topology update, decays to 0 (eq. 1)"""
-    schedule_start: float | None = None
-    """start of the sparsity schedule (eq. 2) as a share of training (default: 0.2 for d2s, 0 for s2d)"""
-    schedule_end: float | None = None
-    """end of the sparsity schedule as a share of training (default: 0.8 for d2s, 1 for s2d)"""
-
-
-# COMMON TO ALL SCRIPTS: environment. dm_control tasks and Gymnasium ids, actions in [-1, 1], flat float32 observations
-def choose_mujoco_gl(env_id: str, render: bool) -> None:
-    """Set MUJOCO_GL, unless it is set. MuJoCo reads it at its first import, so one choice holds for the whole process.
-
-    Without rendering: `disable`, which is silent on a headless machine. With it: the first of egl (GPU or Mesa), osmesa
-    (CPU) and glfw (a desktop) that draws a picture in a child process, for a backend that imports need not work.
-    """
-    render = render or env_id == "quadruped-escape"  # the task's terrain needs an OpenGL context even to reset
-    chosen = os.environ.get("MUJOCO_GL")
-    if chosen is None and not render:
-        os.environ["MUJOCO_GL"] = "disable"
-    if not render or chosen not in (None, "disable", "disabled", "off", "false", "0"):
-        return
-    if chosen is not None:
-        raise ValueError(f"{env_id} has to render, but MUJOCO_GL={chosen}: unset it, or render from the first make_env")
-    draw = "import mujoco as m; m.Renderer(m.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
-    for backend in ("egl", "osmesa", "glfw"):
-        environ = {**os.environ, "MUJOCO_GL": backend}
-        child = subprocess.run([sys.executable, "-c", draw], env=environ, capture_output=True, check=False)
-        if child.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return
-    raise RuntimeError("no OpenGL to render with: apt-get install libegl1 libgl1-mesa-dri (or libosmesa6) on Debian")
-
-
-class DMControl(gym.Env):
-    """A dm_control task; one `step` is one agent step, `action_repeat` steps of the task with their rewards summed.
-
-    Observation: float32, shape (S,), the task's observations in the order of its spec. Action: shape (A,), in [-1, 1].
-    """
-
-    def __init__(self, domain: str, task: str, seed: int, action_repeat: int):
-        from dm_control import suite  # only now, see choose_mujoco_gl
-
-        self.dmc = suite.load(domain, task, task_kwargs={"random": seed})  # lqr draws its model from the seed
-        self.action_repeat = action_repeat
-        self.render_mode = "rgb_array"
-        size = sum(int(np.prod(spec.shape)) for spec in self.dmc.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        spec = self.dmc.action_spec()
-        self.action_space = gym.spaces.Box(-1, 1, spec.shape, np.float32)
-        self.low, self.scale = spec.minimum, (spec.maximum - spec.minimum) / 2
-        # lqr's actions have no limits (+-1e10 in its spec): they are taken as they are, like those already in [-1, 1]
-        self.rescale = not np.all((self.low == -1) & (self.scale == 1) | (self.scale > 1e9))
-        # dm_control would observe after every repeated step: instead, we do after the last. This changes no bit.
-        self.get_observation = self.dmc.task.get_observation
-        self.dmc.task.get_observation = lambda physics: None
-
-    def observe(self):
-        values = self.get_observation(self.dmc.physics).values()
-        return np.concatenate(list(values), axis=None, dtype=np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Start an episode that is a function of its seed alone (and of the seed at loading), whatever came before."""
-        super().reset(seed=seed)
-        if seed is not None:
-            self.dmc.task.random.seed(seed)
-        self.dmc.reset()
-        return self.observe(), {}
-
-    def step(self, action: np.ndarray):
-        if self.rescale:
-            action = self.low + (action + 1.0) * self.scale
-        total_reward = 0.0
-        for _ in range(self.action_repeat):
-            step = self.dmc.step(action)
-            total_reward += step.reward
-            if step.last():
-                break
-        terminated = step.last() and step.discount == 0.0  # the suite's episodes are cut off, only lqr's can terminate
-        return self.observe(), total_reward, terminated, step.last() and not terminated, {}
-
-    def render(self) -> np.ndarray:
-        """Return the picture of the task's first camera: (480, 480, 3), uint8."""
-        return self.dmc.physics.render(480, 480, camera_id=0)
-
-    def close(self):
-        self.dmc.physics.free()
-
-
-class ActionRepeat(gym.Wrapper):
-    """Repeat every action, up to the end of the episode, and sum the rewards."""
-
-    def __init__(self, env: gym.Env, action_repeat: int):
-        super().__init__(env)
-        self.action_repeat = action_repeat
-
-    def step(self, action: np.ndarray):
-        total_reward = 0.0
-        for _ in range(self.action_repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total_reward += reward
-            if terminated or truncated:
-                break
-        return obs, total_reward, terminated, truncated, info
-
-
-def make_env(env_id: str, seed: int, action_repeat: int | None = None, render: bool = False) -> gym.Env:
-    """Make a dm_control task (`dog-run`; action repeat 2) or Gymnasium environment (`HalfCheetah-v5`; action repeat 1).
-
-    Observations are float32, shape (S,); actions shape (A,), in [-1, 1]. `render` allows `env.render()`.
-    ValueError for an unknown environment, and for spaces that these algorithms cannot handle.
-    """
-    choose_mujoco_gl(env_id, render)
-    if ":" in env_id or env_id in gym.registry:  # "package:Name-v0" imports the package, which registers the name
-        try:
-            env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-            if render:  # what it renders with may not be installed: notice it now
-                env.reset()
-                env.render()
-        except (gym.error.Error, ImportError) as error:
-            raise ValueError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
-        actions = env.action_space
-        if not (isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1):
-            raise ValueError(f"{env_id} has actions {actions}: choose one with a bounded, flat Box of actions")
-        if not env.observation_space.is_np_flattenable:
-            raise ValueError(f"{env_id} has observations {env.observation_space}: choose one with a Box of them")
-        raw, flatten = env.observation_space, gym.spaces.flatten
-        space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
-        env = ActionRepeat(env, action_repeat or 1)
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.TransformObservation(env, lambda obs: flatten(raw, obs).astype(np.float32), space)
-    else:
-        from dm_control import suite
-
-        tasks = ["-".join(task) for task in suite.ALL_TASKS]
-        if env_id not in tasks:
-            near = difflib.get_close_matches(env_id, [*tasks, *gym.registry], n=4)
-            hint = f"did you mean {', '.join(near)}?" if near else "try dog-run or HalfCheetah-v5"
-            raise ValueError(f"{env_id} is neither a dm_control task nor a Gymnasium environment: {hint}")
-        domain, task = env_id.split("-", 1)
-        env = DMControl(domain, task, seed, action_repeat or 2)
-        if domain == "lqr":  # the only tasks without a time limit
-            env = gym.wrappers.TimeLimit(env, 1000 // env.action_repeat)
-    env.action_space.seed(seed)
-    return env
-
-
-def replay_episode(env: gym.Env, seed: int, actions) -> np.ndarray:
-    """Return to the state after `actions` (T, A) in the episode of `seed`; give its observation (S,), the same bits.
-
-    So a checkpoint needs no simulator state. An environment that keeps something across resets (of those tried, only
-    BipedalWalker-v3 does) comes back slightly different: compare the observation with the one that was saved.
-    """
-    obs, _ = env.reset(seed=seed)
-    for action in actions:
-        obs, _, _, _, _ = env.step(action)
-    return obs
-
-
-class Batch(NamedTuple):
-    """Windows of `horizon` steps. After a termination the window stays on the terminal observation."""
-
-    obs: torch.Tensor  # (batch, horizon + 1, obs_dim)
-    action: torch.Tensor  # (batch, horizon, action_dim)
-    reward: torch.Tensor  # (batch, horizon), 0 after a termination
-    terminated: torch.Tensor  # (batch, horizon), 1 where the step ended in a termination
-    index: torch.Tensor  # (batch,) slots where the windows start
-
-
-class ReplayBuffer:
-    """Ring buffer of time steps with LAP sampling (Fujimoto et al. 2020): P(start) is proportional to its priority.
-
-    An episode of T steps fills T + 1 slots: each holds an observation and the action, reward and termination that
-    followed it; the last one holds the final observation alone. A start has priority 0, and is never sampled, until its
-    `horizon` steps are stored or have ended in a termination. The last starts of a truncated episode stay at 0.
-    """
-
-    ROW = 128  # priorities are summed row by row in float64, so that sampling stays exact and fast at any size
-
-    def __init__(
-        self, capacity: int, obs_dim: int, action_dim: int, horizon: int, seed: int, device: torch.device | str = "cpu"
-    ):
-        self.capacity, self.horizon, self.device = capacity, horizon, torch.device(device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.slots = torch.zeros(capacity, obs_dim + action_dim + 3, device=device)
-        self.obs, self.action, rest = self.slots.split([obs_dim, action_dim, 3], 1)
-        self.reward, self.terminated, self.is_transition = rest.unbind(1)
-        n_rows = math.ceil(capacity / self.ROW)
-        self.priority = torch.zeros(n_rows * self.ROW, device=device)
-        self.row_total = torch.zeros(n_rows, dtype=torch.float64, device=device)
-        self.row_max = torch.zeros(n_rows, device=device)
-        self.any_terminated = torch.zeros((), device=device)  # 1 once a termination was ever stored
-        self.position = -1  # slot of the newest observation
-        self.size = 0  # slots in use
-        self.episode_length = 0
-
-    @staticmethod
-    def nbytes(capacity: int, obs_dim: int, action_dim: int) -> int:
-        """Memory of a buffer in bytes."""
-        return capacity * 4 * (obs_dim + action_dim + 4)
-
-    def start_episode(self, obs: np.ndarray) -> None:
-        """Store the first observation of an episode."""
-        self._append(obs, [])
-        self.episode_length = 0
-
-    def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
-        """Store the step taken from the newest observation, and the observation it led to."""
-        step = np.concatenate([action, [reward, terminated, 1]], dtype=np.float32)
-        self.slots[self.position, -len(step) :] = torch.from_numpy(step)
-        self.episode_length += 1
-        new_starts = [self.horizon] if self.episode_length >= self.horizon else []  # as steps back from next_obs
-        if terminated:
-            self.any_terminated.fill_(1)
-            new_starts = range(1, min(self.episode_length, self.horizon) + 1)
-        self._append(next_obs, new_starts)
-
-    def _append(self, obs: np.ndarray, new_starts: list[int] | range) -> None:
-        """Store an observation in the next slot and forget what that held; new starts get the largest priority."""
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
-        self.slots[self.position] = F.pad(torch.from_numpy(obs), (0, self.slots.shape[1] - len(obs)))
-        starts = [(self.position - back) % self.capacity for back in new_starts]
-        index = torch.tensor([self.position, *starts], device=self.device)
-        self.update_priority(index, (index != self.position) * self.row_max.max().clamp(min=1))
-
-    def sample_index(self, batch_size: int) -> torch.Tensor:
-        """Draw starts with replacement, (batch,). Row first, then slot within the row.
-
-        `u < 1` in float64 keeps `u * total < total`, so no index is past the end and none has priority 0.
-        """
-        row_total = self.row_total.cumsum(0)
-        u = torch.rand(2, batch_size, 1, dtype=torch.float64, generator=self.generator, device=self.device)
-        row = torch.searchsorted(row_total, u[0, :, 0] * row_total[-1], right=True)
-        total = self.priority.view(-1, self.ROW)[row].double().cumsum(1)  # (batch, ROW)
-        column = torch.searchsorted(total, u[1] * total[:, -1:], right=True)
-        return row * self.ROW + column[:, 0]
-
-    def windows(self, index: torch.Tensor) -> Batch:
-        """The windows that start at `index` (batch,)."""
-        step = torch.arange(self.horizon, device=self.device)
-        alive = (1 - self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
-        offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1).long() - 1  # 0, 1, ... until the terminal observation
-        slot = (index[:, None] + offset) % self.capacity  # (batch, horizon + 1)
-        slots = self.slots.index_select(0, slot.flatten()).view(*slot.shape, -1)
-        obs, action, rest = slots.split([self.obs.shape[1], self.action.shape[1], 3], 2)
-        return Batch(obs, action[:, :-1], rest[:, :-1, 0], rest[:, :-1, 1], index)
-
-    def sample(self, batch_size: int, device: torch.device | str) -> Batch:
-        return Batch(*(x.to(device) for x in self.windows(self.sample_index(batch_size))))
-
-    def update_priority(self, index: torch.Tensor, priority: torch.Tensor) -> None:
-        """Set priorities (batch,) at `index` (batch,). Of several for one slot, the largest."""
-        index, priority = index.to(self.device), priority.to(self.device)
-        self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
-        row = index // self.ROW
-        rows = self.priority.view(-1, self.ROW)[row]  # (batch, ROW)
-        self.row_total[row] = rows.sum(1, dtype=torch.float64)
-        self.row_max[row] = rows.amax(1)
-
-    def reward_scale(self) -> torch.Tensor:
-        """Mean |reward| of the stored transitions, at least 1e-8."""
-        return (self.reward.abs().sum() / self.is_transition.sum()).clamp(min=1e-8)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds."""
-        used = {"slots": self.slots[: self.size], "priority": self.priority[: self.size]}
-        return {**used, **{name: getattr(self, name) for name in ("row_total", "row_max", "any_terminated")}}
-
-    def state_dict(self) -> dict:
-        # a view would be saved with its whole storage
-        tensors = {name: x.clone() if x.shape != getattr(self, name).shape else x for name, x in self.tensors().items()}
-        counters = {name: getattr(self, name) for name in ("position", "size", "episode_length")}
-        return {**tensors, **counters, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name in ("position", "size", "episode_length"):
-            setattr(self, name, state[name])
-        for name, tensor in self.tensors().items():
-            tensor.copy_(state[name])
-        self.generator.set_state(state["generator"])
-
-
-# Updates, eager or as CUDA graphs. An update is a generator function: between a module's gradient and its optimizer
-# step it yields the module's name, and there the topology may change. All else stays on the device, in static tensors.
-class GraphedUpdate:
-    """An update as CUDA graphs, one for each stretch between its yields. A call replays them: the same kernels on the
-    same memory, with the next numbers of the random generators."""
-
-    def __init__(self, update: Callable[[], Iterator[str]], generators: list[torch.Generator]):
-        self.stretches = []
-        pool, steps, name = torch.cuda.graph_pool_handle(), update(), ""
-        while name is not None:
-            graph = torch.cuda.CUDAGraph()
-            for generator in generators:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, pool=pool):
-                name = next(steps, None)
-            self.stretches.append((graph, name))
-
-    def __call__(self) -> Iterator[str]:
-        for graph, name in self.stretches:
-            graph.replay()
-            if name is not None:
-                yield name
-
-
-class Updates:
-    """Runs the updates of an agent: eagerly, or as CUDA graphs once every optimizer has its state.
-
-    `off` says why there are no CUDA graphs; it is empty where there are.
-    """
-
-    def __init__(self, device: torch.device, cuda_graphs: bool):
-        self.off = "CPU" if device.type != "cuda" else "" if cuda_graphs else "--no-cuda-graphs"
-        self.graphed: dict[str, GraphedUpdate] = {}
-
-    def run(self, name: str, agent: "Agent", rb: ReplayBuffer) -> None:
-        """Run the agent's update of this name, with the topology updates that are due."""
-        update = partial(getattr(agent, name), rb)
-        if not self.off and name not in self.graphed and all(o.state for o in agent.optimizer.values()):
-            try:
-                if rb.device.type != agent.device.type:
-                    raise RuntimeError("the replay buffer is in main memory")
-                self.graphed[name] = self.capture(name, agent, rb)
-            except RuntimeError as error:
-                cause = error.__context__ or error  # a failed capture has an error of its own at its end
-                self.off, self.graphed = f"{cause}".partition("\n")[0], {}
-                if torch.cuda.is_available():
-                    torch.cuda.set_stream(torch.cuda.default_stream())  # it leaves another one
-                print(f"CUDA graphs off: {self.off}", flush=True)
-        for module in self.graphed.get(name, update)():
-            sparsifier = agent.sparsifier[module]
-            gradients = [weight.grad for weight in sparsifier.weights.values()]
-            if sparsifier.topology_update_due and not all(gradient.isfinite().all() for gradient in gradients):
-                raise FloatingPointError(f"the gradient of the {module} is not finite")
-            sparsifier.advance()
-
-    @staticmethod
-    def capture(name: str, agent: "Agent", rb: ReplayBuffer) -> GraphedUpdate:
-        """Capture an update, and compare a replay with an eager update from the same state, which is then restored.
-
-        RuntimeError if it cannot be captured, or if any tensor differs by more than 1% of its change.
-        """
-        update, generators = partial(getattr(agent, name), rb), [agent.generator, rb.generator]
-        tensors = [rb.priority, rb.row_total, rb.row_max]
-        for held in [*vars(agent).values(), *(s for o in agent.optimizer.values() for s in o.state.values())]:
-            values = held.state_dict() if isinstance(held, nn.Module) else held
-            tensors += [x for x in (values.values() if isinstance(values, dict) else [values]) if torch.is_tensor(x)]
-        before, seeds = [x.detach().to("cpu", copy=True) for x in tensors], [g.get_state() for g in generators]
-
-        @torch.no_grad()
-        def restore() -> None:
-            for x, old in zip(tensors, before, strict=True):
-                x.copy_(old)
-            for generator, seed in zip(generators, seeds, strict=True):
-                generator.set_state(seed)
-
-        try:
-            for _ in update():  # leaves the topology and its clock alone
-                pass
-            eager = [x.detach().to("cpu", copy=True) for x in tensors]
-            restore()
-            graphed = GraphedUpdate(update, generators)
-            for _ in graphed():
-                pass
-            triples = zip(before, eager, tensors, strict=True)
-            errors = [float((x.detach().cpu() - e).norm() / (e - b).norm().clamp(min=1e-30)) for b, e, x in triples]
-        finally:
-            restore()
-        if not all(error <= 0.01 for error in errors):  # NaN is an error too
-            raise RuntimeError(f"a replay of {name} differs from an eager update by {max(errors):.2%} of the change")
-        print(
-            f"CUDA graphs: {name} is captured (a replay differs from an eager update by {max(errors):.4%})", flush=True
-        )
-        return graphed
-
-
-def accelerate(agent: "Agent", *losses: str) -> None:
-    """Wrap the agent's losses as the flags ask: computed in bfloat16, their operations fused by `torch.compile`."""
-    for name in losses:
-        if agent.args.bf16:
-            setattr(agent, name, torch.autocast(agent.device.type, torch.bfloat16)(getattr(agent, name)))
-        if agent.args.compile:
-            setattr(agent, name, torch.compile(getattr(agent, name), dynamic=False))
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Compute no gradients of these modules' parameters."""
-    for module in modules:
-        module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.requires_grad_(True)
-
-
-# END OF COMMON
-
-
-# ALGO LOGIC: networks (Appendix C)
+    encoder_regime: Regime = "dense"  # training regime of the encoder
+    critic_regime: Regime = "dst"  # training regime of the critic
+    actor_regime: Regime = "sst"  # training regime of the actor
+    encoder_sparsity: float = 0.6  # share of zeros in the encoder's weights (s2d starts from it, d2s ends at it)
+    critic_sparsity: float = 0.6  # share of zeros in the critic's weights
+    actor_sparsity: float = 0.6  # share of zeros in the actor's weights
+    distribution: Literal["er", "uniform", "uniform-dense-output"] = "er"  # of the zeros over the layers of a module
+    growth: Literal["rigl", "set"] = "rigl"  # connections grow where the gradient is largest (rigl) or at random (set)
+    topology_update_interval: int = 1000  # a module's updates between changes of its topology
+    drop_fraction: float = 0.5  # share of the connections replaced at the first change, decays to 0 (eq. 1)
+    schedule_start: float | None = None  # of eq. 2, as a share of training (None: 0.2 for d2s, 0 for s2d)
+    schedule_end: float | None = None  # of eq. 2, as a share of training (None: 0.8 for d2s, 1 for s2d)
+
+
+# NETWORKS (Appendix C)
 def weight_init(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear):
         nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(2))
@@ -616,7 +138,7 @@ class LNActiv(nn.Module):
         self.layer_norm = arch >= 3
         self.activ = F.relu if arch % 2 else F.elu
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.activ(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
 
 
@@ -638,8 +160,7 @@ class BlockMLP(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_dim) for _ in range(num_blocks))
         self.output = nn.Linear(hidden_dim, out_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = x.dtype
+    def features(self, x: Tensor) -> Tensor:
         x = self.projection(x)
         for block in self.blocks:
             u = self.ln_activ(x)
@@ -649,7 +170,10 @@ class BlockMLP(nn.Module):
             elif self.residual == "post":
                 y = u + y  # eq. 6
             x = y
-        return self.output(self.ln_activ(x)).to(dtype)  # not in bfloat16 under --bf16
+        return self.ln_activ(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.features(x))
 
 
 class Encoder(nn.Module):
@@ -669,15 +193,15 @@ class Encoder(nn.Module):
         self.predictor = nn.Linear(zsa_dim, 1 + zs_dim + num_bins)
         self.apply(weight_init)
 
-    def zs(self, obs: torch.Tensor) -> torch.Tensor:
+    def zs(self, obs: Tensor) -> Tensor:
         return self.ln_activ(self.zs_mlp(obs))
 
-    def zsa(self, zs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def zsa(self, zs: Tensor, action: Tensor) -> Tensor:
         return self.zsa_mlp(torch.cat([zs, self.za_activ(self.za(action))], 1))
 
-    def predict(self, zs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def predict(self, zs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latent dynamics (eq. 7): done (batch,), next zs (batch, zs_dim), reward logits (batch, bins)."""
-        prediction = self.predictor(self.zsa(zs, action)).to(zs.dtype)
+        prediction = self.predictor(self.zsa(zs, action))
         return prediction[:, 0], prediction[:, 1 : 1 + self.zs_dim], prediction[:, 1 + self.zs_dim :]
 
 
@@ -688,7 +212,7 @@ class Critic(nn.Module):
         self.q2 = BlockMLP(zsa_dim, 1, hidden_dim, num_blocks, arch, residual)
         self.apply(weight_init)
 
-    def forward(self, zsa: torch.Tensor) -> torch.Tensor:
+    def forward(self, zsa: Tensor) -> Tensor:
         return torch.cat([self.q1(zsa), self.q2(zsa)], 1)  # (batch, 2)
 
 
@@ -700,45 +224,33 @@ class Actor(nn.Module):
         self.mlp = BlockMLP(zs_dim, action_dim, hidden_dim, num_blocks, arch, residual)
         self.apply(weight_init)
 
-    def forward(self, zs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, zs: Tensor) -> tuple[Tensor, Tensor]:
         pre_activation = self.mlp(zs)
         return torch.tanh(pre_activation), pre_activation
 
 
 def make_networks(args: Args, obs_dim: int, action_dim: int) -> tuple[Encoder, Critic, Actor]:
-    def width(module: str, base: int) -> int:
-        return max(1, round(base * module_scale(args, module, "width")))
-
-    def depth(module: str) -> int:
-        return max(1, round(module_scale(args, module, "depth")))
-
-    zs_dim, za_dim, zsa_dim = width("encoder", 512), width("encoder", 256), width("encoder", 512)
+    hidden_dim, num_blocks = size_of(args, "encoder", args.hidden_dim, 1)
+    zs_dim, za_dim, zsa_dim = hidden_dim, size_of(args, "encoder", args.hidden_dim / 2, 1)[0], hidden_dim
+    dims = (obs_dim, action_dim, hidden_dim, zs_dim, za_dim, zsa_dim, num_blocks)
+    critic_size, actor_size = size_of(args, "critic", args.hidden_dim, 1), size_of(args, "actor", args.hidden_dim, 1)
     return (
-        Encoder(
-            obs_dim, action_dim, width("encoder", 512), zs_dim, za_dim, zsa_dim,
-            depth("encoder"), args.encoder_arch, args.residual,
-        ),
-        Critic(zsa_dim, width("critic", 512), depth("critic"), args.critic_arch, args.residual),
-        Actor(zs_dim, action_dim, width("actor", 512), depth("actor"), args.actor_arch, args.residual),
-    )  # fmt: skip
+        Encoder(*dims, args.encoder_arch, args.residual),
+        Critic(zsa_dim, *critic_size, args.critic_arch, args.residual),
+        Actor(zs_dim, action_dim, *actor_size, args.actor_arch, args.residual),
+    )
 
 
-def module_scale(args: Args, module: str, kind: str) -> float:
-    """`kind` is "width" or "depth": the most specific scale that was given."""
-    for name in (f"{module}_{kind}_scale", f"{module}_scale", f"{kind}_scale"):
-        if getattr(args, name) is not None:
-            return getattr(args, name)
-    return args.scale
-
-
-class TwoHot:
+class TwoHot(nn.Module):
     """Rewards as distributions over 65 bins at symexp(linspace(-10, 10, 65)), which reach +-22,025 (Table 2)."""
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self):
+        super().__init__()
         x = torch.linspace(-10, 10, 65, dtype=torch.float64)
-        self.bins = (x.sign() * x.abs().expm1()).to(device, dtype)
+        bins = (x.sign() * x.abs().expm1()).to(torch.get_default_dtype())
+        self.register_buffer("bins", bins, persistent=False)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """(batch,) to (batch, 65): a value between two bins is shared linearly between them, one outside clamps."""
         x = x.clamp(self.bins[0], self.bins[-1])
         upper = torch.searchsorted(self.bins, x).clamp(min=1)  # bins[upper - 1] <= x <= bins[upper]
@@ -747,145 +259,231 @@ class TwoHot:
         two_hot = x.new_zeros(len(x), len(self.bins)).scatter_(1, upper[:, None] - 1, 1 - weight[:, None])
         return two_hot.scatter_(1, upper[:, None], weight[:, None])
 
-    def cross_entropy(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(self, x: Tensor, logits: Tensor) -> Tensor:
         """(batch,) and (batch, 65) to (batch,), eq. 9."""
         return -(self.encode(x) * logits.log_softmax(1)).sum(1)
 
 
-# Table 1
-DYNAMICS_WEIGHT, REWARD_WEIGHT, TERMINAL_WEIGHT, PRE_ACTIVATION_WEIGHT = 1.0, 0.1, 0.1, 1e-5
-PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
-MODULES = ("encoder", "critic", "actor")
-ACTING = ("encoder", "actor")  # what Agent.act depends on
+# REPLAY BUFFER
+class Batch(NamedTuple):
+    """Windows of `encoder_horizon` steps. After a termination the window stays on the terminal observation."""
+
+    obs: Tensor  # (batch, horizon + 1, obs_dim)
+    action: Tensor  # (batch, horizon, action_dim)
+    reward: Tensor  # (batch, horizon), 0 after a termination
+    terminated: Tensor  # (batch, horizon), 1 where the step ended in a termination
+    index: Tensor  # (batch,) slots where the windows start
 
 
-# ALGO LOGIC: one update of each module (Appendix B.3)
-class Agent:
-    """The three modules with their targets, optimizers and sparsifiers.
+class ReplayBuffer:
+    """Ring buffer of time steps with LAP sampling (Fujimoto et al. 2020): P(start) is proportional to its priority.
 
-    Updates change tensors in place, and wait for the device at topology updates only.
-    `training_steps` is the planned number of critic and actor updates, which the schedules of eqs. 1 and 2 run over.
+    An episode of T steps fills T + 1 slots: each holds an observation and the action, reward and termination that
+    followed it; the last one holds the final observation alone. A start has priority 0, and is never sampled, until its
+    window is stored or has ended in a termination. The last starts of a truncated episode stay at 0.
     """
 
-    def __init__(
-        self, args: Args, encoder: Encoder, critic: Critic, actor: Actor, training_steps: int,
-        generator: torch.Generator,
-    ):  # fmt: skip
-        self.args, self.generator, self.device = args, generator, generator.device
-        self.updates = Updates(self.device, args.cuda_graphs)
-        self.horizon = args.encoder_horizon  # of the replay buffer's windows
-        self.encoder, self.critic, self.actor = encoder, critic, actor
-        like = next(encoder.parameters())
-        self.two_hot = TwoHot(like.device, like.dtype)
-        self.reward_scale = like.new_ones(())
-        self.target_reward_scale = like.new_zeros(())
-        self.termination_seen = like.new_zeros(())
-        self.metrics: dict[str, torch.Tensor] = {}  # of the last updates
+    ROW = 128  # priorities are summed row by row in float64, so that sampling stays exact and fast at any size
 
-        bursts = math.ceil(training_steps / args.target_network_frequency)
-        total_updates = {
-            "encoder": bursts * args.target_network_frequency, "critic": training_steps, "actor": training_steps,
-        }  # fmt: skip
-        self.optimizer: dict[str, optim.Optimizer] = {}
-        self.sparsifier: dict[str, Sparsifier] = {}
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        self.capacity, self.horizon, self.dims = args.buffer_size, args.encoder_horizon, [obs_dim, action_dim, 3]
+        self.storage = torch.zeros(self.capacity, sum(self.dims), device=device)
+        _, _, rest = self.storage.split(self.dims, 1)
+        self.reward, self.terminated, self.is_transition = rest.unbind(1)
+        n_rows = math.ceil(self.capacity / self.ROW)
+        self.priority = torch.zeros(n_rows * self.ROW, device=device)
+        self.row_total = torch.zeros(n_rows, dtype=torch.float64, device=device)
+        self.max_priority = torch.ones((), device=device)  # of all priorities that were ever given
+        self.any_terminated = torch.zeros((), device=device)  # 1 once a termination was ever stored
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.position = -1  # slot of the newest observation
+        self.size = 0  # slots in use
+        self.episode_length = 0
+
+    def start_episode(self, obs: np.ndarray) -> None:
+        """Store the first observation of an episode."""
+        self._append(obs, [])
+        self.episode_length = 0
+
+    def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
+        """Store the step taken from the newest observation, and the observation it led to."""
+        step = np.concatenate([action, [reward, terminated, 1]], dtype=np.float32)
+        self.storage[self.position, -len(step) :] = torch.from_numpy(step)
+        self.episode_length += 1
+        new_starts = [self.horizon] if self.episode_length >= self.horizon else []  # as steps back from next_obs
+        if terminated:
+            self.any_terminated.fill_(1)
+            new_starts = range(1, min(self.episode_length, self.horizon) + 1)
+        self._append(next_obs, new_starts)
+
+    def _append(self, obs: np.ndarray, new_starts: list[int] | range) -> None:
+        """Store an observation in the next slot and forget what that held; new starts get the largest priority."""
+        self.position = (self.position + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+        self.storage[self.position] = F.pad(torch.from_numpy(obs), (0, sum(self.dims) - len(obs)))
+        starts = [(self.position - back) % self.capacity for back in new_starts]
+        index = torch.tensor([self.position, *starts], device=self.storage.device)
+        self._set_priority(index, (index != self.position) * self.max_priority)
+
+    def _set_priority(self, index: Tensor, priority: Tensor) -> None:
+        self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)  # of several for one, the largest
+        row = index // self.ROW
+        self.row_total[row] = self.priority.view(-1, self.ROW)[row].sum(1, dtype=torch.float64)
+
+    def update_priority(self, index: Tensor, priority: Tensor) -> None:
+        """Set priorities (batch,) at `index` (batch,)."""
+        self._set_priority(index, priority)
+        self.max_priority.copy_(torch.maximum(self.max_priority, priority.max()))
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw starts with replacement, first the row, then the slot within it.
+
+        `u < 1` in float64 keeps `u * total < total`, so no index is past the end and none has priority 0.
+        """
+        row_total = self.row_total.cumsum(0)
+        u = torch.rand(2, batch_size, 1, dtype=torch.float64, generator=self.generator, device=row_total.device)
+        row = torch.searchsorted(row_total, u[0, :, 0] * row_total[-1], right=True)
+        total = self.priority.view(-1, self.ROW)[row].double().cumsum(1)  # (batch, ROW)
+        column = torch.searchsorted(total, u[1] * total[:, -1:], right=True)
+        return self.windows(row * self.ROW + column[:, 0])
+
+    def windows(self, index: Tensor) -> Batch:
+        """The windows that start at `index` (batch,)."""
+        step = torch.arange(self.horizon, device=index.device)
+        alive = (1 - self.terminated[(index[:, None] + step) % self.capacity]).cumprod(1)  # after each step
+        offset = F.pad(alive, (2, 0), value=1)[:, :-1].cumsum(1).long() - 1  # 0, 1, ... until the terminal observation
+        slot = (index[:, None] + offset) % self.capacity  # (batch, horizon + 1)
+        slots = self.storage.index_select(0, slot.flatten()).view(*slot.shape, -1)
+        obs, action, rest = slots.split(self.dims, 2)
+        return Batch(obs, action[:, :-1], rest[:, :-1, 0], rest[:, :-1, 1], index)
+
+    def reward_scale(self) -> Tensor:
+        """Mean |reward| of the stored transitions, at least 1e-8."""
+        return (self.reward.abs().sum() / self.is_transition.sum()).clamp(min=1e-8)
+
+    def tensors(self) -> dict[str, Tensor]:
+        used = {"storage": self.storage[: self.size], "priority": self.priority[: self.size]}
+        return used | {name: getattr(self, name) for name in ("row_total", "max_priority", "any_terminated")}
+
+    def state_dict(self) -> dict:
+        counters = {"position": self.position, "size": self.size, "episode_length": self.episode_length}
+        return counters | {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position, self.size, self.episode_length = (state[x] for x in ("position", "size", "episode_length"))
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
+
+
+# ALGORITHM (Appendix B.3)
+DYNAMICS_WEIGHT, REWARD_WEIGHT, TERMINAL_WEIGHT, PRE_ACTIVATION_WEIGHT = 1.0, 0.1, 0.1, 1e-5  # Table 1
+PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
+MODULES = ("encoder", "critic", "actor")
+ALWAYS_DENSE: tuple[str, ...] = ("predictor",)  # heads that no regime masks, and that the paper does not count
+
+
+class Agent(nn.Module):
+    """The three modules with their targets and the scales of the reward."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        super().__init__()
+        if args.q_horizon > args.encoder_horizon:
+            raise ValueError(
+                "--q-horizon is larger than --encoder-horizon, the steps that the replay buffer's windows have"
+            )
+        torch.manual_seed(args.seed)
+        self.args, self.device, self.action_dim = args, device, action_dim
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.encoder, self.critic, self.actor = make_networks(args, obs_dim, action_dim)
+        self.two_hot = TwoHot()
+        self.register_buffer("reward_scale", torch.ones(()))
+        self.register_buffer("target_reward_scale", torch.zeros(()))
+        self.register_buffer("termination_seen", torch.zeros(()))
+        self.to(device)
+
+        training_steps = args.total_timesteps - args.learning_starts + 1  # the first follows the last random action
+        total_updates = dict.fromkeys(MODULES, training_steps)
+        frequency = args.target_network_frequency
+        total_updates["encoder"] = math.ceil(training_steps / frequency) * frequency
+        fast = {"fused": True, "capturable": device.type == "cuda"}
+        self.optimizers, self.sparsifiers = {}, {}
         for i, name in enumerate(MODULES):
             module, lr = getattr(self, name), getattr(args, f"{name}_lr")
-            self.optimizer[name] = optim.AdamW(
-                module.parameters(),
-                lr,
-                weight_decay=args.weight_decay,
-                fused=True,
-                capturable=self.device.type == "cuda",
-            )
-            self.sparsifier[name] = Sparsifier(
-                module,
-                self.optimizer[name],
-                getattr(args, f"{name}_regime"),
-                getattr(args, f"{name}_sparsity"),
-                distribution=args.distribution,
-                growth=args.growth,
-                update_interval=args.topology_update_interval,
-                drop_fraction=args.drop_fraction,
-                total_updates=max(total_updates[name], 1),
-                schedule_start=args.schedule_start,
-                schedule_end=args.schedule_end,
-                exclude=("predictor",) if name == "encoder" else (),
-                seed=3 * args.seed + i,
-            )
+            self.optimizers[name] = optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay, **fast)
+            self.sparsifiers[name] = Sparsifier(
+                module, self.optimizers[name], getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity"),
+                distribution=args.distribution, growth=args.growth, update_interval=args.topology_update_interval,
+                drop_fraction=args.drop_fraction, schedule_start=args.schedule_start, schedule_end=args.schedule_end,
+                total_updates=max(total_updates[name], 1), seed=len(MODULES) * args.seed + i,
+                exclude=ALWAYS_DENSE if name == "encoder" else (),
+            )  # fmt: skip
         self.encoder_target, self.critic_target, self.actor_target = (
-            copy.deepcopy(module).requires_grad_(False) for module in (encoder, critic, actor)
+            copy.deepcopy(module).requires_grad_(False) for module in (self.encoder, self.critic, self.actor)
         )
-        accelerate(self, "encoder_loss", "critic_loss", "actor_loss")
+        if args.compile:
+            self.encoder_loss = torch.compile(self.encoder_loss, dynamic=False)
+            self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
+            self.actor_loss = torch.compile(self.actor_loss, dynamic=False)
+        if args.cuda_graphs and args.cuda:
+            self.update_encoder = graphed(self, self.update_encoder, "encoder")
+            self.update_critic_and_actor = graphed(self, self.update_critic_and_actor, "critic", "actor")
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Actions without noise in [-1, 1], (batch, action_dim), at observations (batch, obs_dim)."""
-        obs = torch.as_tensor(obs, dtype=self.reward_scale.dtype, device=self.device)
-        action = self.actor(self.encoder.zs(obs))[0].cpu().numpy()
-        if not np.isfinite(action).all():
-            raise FloatingPointError("an action of the actor is not finite")
-        return action
+        return self.actor(self.encoder.zs(torch.as_tensor(obs, device=self.device)))[0].cpu().numpy()
 
-    def explore(self, obs: np.ndarray, uniform: bool, generator: torch.Generator) -> torch.Tensor:
+    def explore(self, obs: np.ndarray, uniform: bool, generator: torch.Generator) -> np.ndarray:
         """One action (action_dim,) at obs (obs_dim,): uniformly random, or the policy's with Gaussian noise."""
-        action_dim = self.actor.mlp.output.out_features
         if uniform:
-            return torch.rand(action_dim, generator=generator) * 2 - 1
-        noise = self.args.exploration_noise * torch.randn(action_dim, generator=generator)
-        return (torch.from_numpy(self.act(obs[None])[0]) + noise).clamp(-1, 1)
+            return torch.rand(self.action_dim, generator=generator).numpy() * 2 - 1
+        noise = self.args.exploration_noise * torch.randn(self.action_dim, generator=generator).numpy()
+        return (self.act(obs[None])[0] + noise).clip(-1, 1)
 
-    def train_step(self, rb: ReplayBuffer, stopped: Callable[[], bool]) -> bool:
-        """One update of critic and actor. Every 250 of them, first the target copies and as many encoder updates.
-
-        Returns False if it was stopped within the encoder updates; the next call goes on with them.
-        """
-        step, frequency = self.sparsifier["critic"].updates, self.args.target_network_frequency
-        if self.sparsifier["encoder"].updates == step:
-            self.update_targets(rb.reward_scale(), rb.any_terminated)
-        while self.sparsifier["encoder"].updates < (step // frequency + 1) * frequency:
-            self.updates.run("update_encoder", self, rb)
-            if stopped():
-                return False
-        self.updates.run("update_critic_and_actor", self, rb)
-        return True
+    def train_step(self, rb: ReplayBuffer) -> dict[str, Tensor]:
+        """One update of critic and actor. Every 250 of them, first the target copies and as many encoder updates."""
+        metrics = {}
+        if self.sparsifiers["critic"].updates % self.args.target_network_frequency == 0:
+            self.update_targets(rb)
+            for _ in range(self.args.target_network_frequency):
+                metrics = self.update_encoder(rb)
+        return metrics | self.update_critic_and_actor(rb)
 
     @torch.no_grad()
-    def update_targets(self, reward_scale: torch.Tensor, any_terminated: torch.Tensor) -> None:
+    def update_targets(self, rb: ReplayBuffer) -> None:
         """Copy the networks and the reward scale to their targets, and take the scale of the rewards stored by now."""
+        if not rb.priority.any():
+            sys.exit(
+                "error: no stored episode has --encoder-horizon steps: choose a smaller one, or more --learning-starts"
+            )
         for name in MODULES:
             target, online = getattr(self, f"{name}_target"), getattr(self, name)
             torch._foreach_copy_(list(target.parameters()), list(online.parameters()))
         self.target_reward_scale.copy_(self.reward_scale)
-        self.reward_scale.copy_(reward_scale)
-        self.termination_seen.copy_(any_terminated)
+        self.reward_scale.copy_(rb.reward_scale())
+        self.termination_seen.copy_(rb.any_terminated)
 
-    def optimize(self, name: str, loss: torch.Tensor, max_norm: float = math.inf) -> Generator[str, None, torch.Tensor]:
-        """Minimise the module's loss: gradient, topology update if due, masking, clipping, step.
-
-        Returns the norm of the gradient after masking, before clipping.
-        """
+    def optimize(self, name: str, loss: Tensor, max_norm: float = math.inf) -> Tensor:
+        """Minimise the module's loss. Returns the norm of its gradient after masking, before clipping."""
         parameters = list(getattr(self, name).parameters())
-        self.optimizer[name].zero_grad()
+        self.optimizers[name].zero_grad()
         loss.backward()
-        yield name  # to Updates.run, for the topology update
-        self.sparsifier[name].mask_gradients()
+        self.sparsifiers[name].step()  # RigL: changes the topology when that is due, and masks the gradient
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if max_norm < math.inf:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        self.optimizer[name].step()
+        self.optimizers[name].step()
         return norm
 
-    def update_encoder(self, rb: ReplayBuffer) -> Iterator[str]:
-        losses = self.encoder_loss(rb.sample(self.args.batch_size, self.device))
-        grad_norm = yield from self.optimize("encoder", losses["encoder_loss"])
-        self.metrics |= {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-        self.metrics["plasticity/encoder_grad_norm"] = grad_norm
+    def update_encoder(self, rb: ReplayBuffer) -> dict[str, Tensor]:
+        losses = self.encoder_loss(rb.sample(self.args.batch_size))
+        grad_norm = self.optimize("encoder", losses["encoder_loss"])
+        return {f"losses/{k}": v.detach() for k, v in losses.items()} | {"plasticity/encoder_grad_norm": grad_norm}
 
-    def encoder_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def encoder_loss(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             target_zs = self.encoder_target.zs(batch.obs[:, 1:].flatten(0, 1)).view(*batch.action.shape[:2], -1)
             alive = F.pad((1 - batch.terminated).cumprod(1), (1, 0), value=1)  # (batch, horizon + 1), before each step
-
         zs = self.encoder.zs(batch.obs[:, 0])
         dynamics_loss = reward_loss = terminal_loss = 0
         for t in range(batch.action.shape[1]):  # eq. 8
@@ -894,29 +492,30 @@ class Agent:
             dynamics_loss += (alive[:, t] * (zs - target_zs[:, t]).square().mean(1)).mean()  # eq. 10
             terminal_loss += (alive[:, t] * (done - batch.terminated[:, t]).square()).mean()  # eq. 10
         terminal_loss = self.termination_seen * terminal_loss  # without terminations there is nothing to learn
+        loss = DYNAMICS_WEIGHT * dynamics_loss + REWARD_WEIGHT * reward_loss + TERMINAL_WEIGHT * terminal_loss
         return {
-            "encoder_loss": DYNAMICS_WEIGHT * dynamics_loss
-            + REWARD_WEIGHT * reward_loss
-            + TERMINAL_WEIGHT * terminal_loss,
+            "encoder_loss": loss,
             "encoder_dynamics_loss": dynamics_loss,
             "encoder_reward_loss": reward_loss,
             "encoder_terminal_loss": terminal_loss,
         }
 
-    def update_critic_and_actor(self, rb: ReplayBuffer) -> Iterator[str]:
+    def update_critic_and_actor(self, rb: ReplayBuffer) -> dict[str, Tensor]:
         """One update of each, on the first step of the windows and their n-step return, and of the priorities."""
-        batch = rb.sample(self.args.batch_size, self.device)
-        noise = torch.empty_like(batch.action[:, 0]).normal_(generator=self.generator)
-        critic_loss, q, q_target, zs = self.critic_loss(batch, noise)
-        critic_grad_norm = yield from self.optimize("critic", critic_loss, self.args.max_grad_norm)
+        batch = rb.sample(self.args.batch_size)
+        critic_loss, q, q_target, zs = self.critic_loss(batch, self.noise(batch))
+        critic_grad_norm = self.optimize("critic", critic_loss, self.args.max_grad_norm)
 
-        with frozen(self.encoder, self.critic):
-            actor_loss = self.actor_loss(zs)
-        actor_grad_norm = yield from self.optimize("actor", actor_loss)
+        self.encoder.requires_grad_(False)  # the actor's loss trains the actor alone
+        self.critic.requires_grad_(False)
+        actor_loss = self.actor_loss(zs)
+        self.encoder.requires_grad_(True)
+        self.critic.requires_grad_(True)
+        actor_grad_norm = self.optimize("actor", actor_loss)
 
         td_error = (q.detach() - q_target[:, None]).abs().max(1).values
         rb.update_priority(batch.index, td_error.clamp(min=MIN_PRIORITY) ** PRIORITY_EXPONENT)
-        self.metrics |= {
+        return {
             "losses/critic_loss": critic_loss.detach(),
             "losses/actor_loss": actor_loss.detach(),
             "losses/q_values": q.detach().mean(),
@@ -926,8 +525,8 @@ class Agent:
             "plasticity/actor_grad_norm": actor_grad_norm,
         }
 
-    def critic_loss(self, batch: Batch, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The loss, Q (batch, 2) and its target (batch,), and zs (batch, zs_dim) for the actor. `noise` is normal."""
+    def critic_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, Q (batch, 2) and its target (batch,), and zs (batch, zs_dim) for the actor."""
         args = self.args
         obs, action, next_obs = batch.obs[:, 0], batch.action[:, 0], batch.obs[:, args.q_horizon]
         with torch.no_grad():
@@ -936,64 +535,24 @@ class Agent:
             noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
             next_action = (self.actor_target(next_zs)[0] + noise).clamp(-1, 1)
             next_q = self.critic_target(self.encoder_target.zsa(next_zs, next_action)).min(1).values
-            discount = args.gamma**args.q_horizon
-            q_target = (reward + not_done * discount * next_q * self.target_reward_scale) / self.reward_scale  # eq. 11
+            discount = not_done * args.gamma**args.q_horizon
+            q_target = (reward + discount * next_q * self.target_reward_scale) / self.reward_scale  # eq. 11
             zs = self.encoder.zs(obs)
             zsa = self.encoder.zsa(zs, action)
         q = self.critic(zsa)
         return F.smooth_l1_loss(q, q_target[:, None].expand_as(q)), q, q_target, zs  # eq. 11
 
-    def actor_loss(self, zs: torch.Tensor) -> torch.Tensor:
+    def actor_loss(self, zs: Tensor) -> Tensor:
         action, pre_activation = self.actor(zs)
         q = self.critic(self.encoder.zsa(zs, action))
         return -q.mean() + PRE_ACTIVATION_WEIGHT * pre_activation.square().mean()  # eq. 12
 
-    def state_dict(self) -> dict:
-        """Everything that training goes on from, as tensors and plain values."""
-        modules = [*MODULES, *(f"{name}_target" for name in MODULES)]
-        scalars = ("reward_scale", "target_reward_scale", "termination_seen", "metrics")
-        return {
-            "modules": {name: getattr(self, name).state_dict() for name in modules},
-            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizer.items()},
-            "sparsifier": {name: sparsifier.state_dict() for name, sparsifier in self.sparsifier.items()},
-            "generator": self.generator.get_state(),
-            **{name: getattr(self, name) for name in scalars},
-        }
-
-    def policy_state_dict(self) -> dict:
-        """Weights and masks of the trained modules."""
-        return {
-            "modules": {name: getattr(self, name).state_dict() for name in MODULES},
-            "masks": {name: sparsifier.masks for name, sparsifier in self.sparsifier.items()},
-        }
-
-    def load_policy_state_dict(self, state: dict) -> None:
-        for name in MODULES:
-            getattr(self, name).load_state_dict(state["modules"][name])
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, module_state in state["modules"].items():
-            getattr(self, name).load_state_dict(module_state)
-        for name, optimizer in self.optimizer.items():
-            optimizer.load_state_dict(state["optimizer"][name])
-        for name, sparsifier in self.sparsifier.items():
-            sparsifier.load_state_dict(state["sparsifier"][name])
-        for name in ("reward_scale", "target_reward_scale", "termination_seen"):
-            getattr(self, name).copy_(state[name])
-        self.metrics = {name: value.to(self.device) for name, value in state["metrics"].items()}
-        self.generator.set_state(state["generator"])
+    def noise(self, batch: Batch) -> Tensor:
+        """Standard normal, (batch, action_dim)."""
+        return torch.empty_like(batch.action[:, 0]).normal_(generator=self.generator)
 
 
-def make_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
-    torch.manual_seed(args.seed)
-    networks = (module.to(device) for module in make_networks(args, obs_dim, action_dim))
-    training_steps = max(args.total_timesteps - args.learning_starts + 1, 0)  # the first follows the last random one
-    return Agent(args, *networks, training_steps, torch.Generator(device).manual_seed(args.seed))
-
-
-def n_step_return(
-    reward: torch.Tensor, terminated: torch.Tensor, steps: int, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def n_step_return(reward: Tensor, terminated: Tensor, steps: int, gamma: float) -> tuple[Tensor, Tensor]:
     """Discounted return of the first `steps` of (batch, horizon) and 1 where none of them terminated, both (batch,).
 
     A reward counts if no earlier step terminated: the terminal reward counts, nothing after it does.
@@ -1003,690 +562,449 @@ def n_step_return(
     return (discount * alive[:, :-1] * reward[:, :steps]).sum(1), alive[:, -1]
 
 
+# DIAGNOSTICS
 @torch.no_grad()
 def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     """Pathologies of each module on 256 uniformly drawn transitions (section 3, Figs. 3, 7 and 10).
 
-    srank (Kumar et al. 2021) of the features: `zsa` of the encoder, the input of `output` of critic (both heads side by
-    side) and actor. Dormant ratio (Sokar et al. 2023) of all post-activation hidden units.
+    Features are `zsa` of the encoder and the input of `output` of critic and actor, hidden units all after activations.
     """
     starts = rb.priority.nonzero()[:, 0]
     if len(starts) == 0:
         return {}
-    generator = torch.Generator().manual_seed(seed)
-    batch = rb.windows(starts[torch.randint(len(starts), (256,), generator=generator).to(starts.device)])
-    obs, action = (x[:, 0].to(agent.device) for x in (batch.obs, batch.action))
-    hidden: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, output, name=name: hidden[name].append(output))
-        for name in MODULES
-        for layer in getattr(agent, name).modules()
-        if isinstance(layer, LNActiv)
-    ]
-    zs = agent.encoder.zs(obs)
-    zsa = agent.encoder.zsa(zs, action)
-    agent.critic(zsa), agent.actor(zs)
+    index = torch.randint(len(starts), (256,), generator=torch.Generator().manual_seed(seed))
+    batch = rb.windows(starts[index.to(starts.device)])
+
+    def features() -> dict[str, Tensor]:
+        zs = agent.encoder.zs(batch.obs[:, 0])
+        zsa = agent.encoder.zsa(zs, batch.action[:, 0])
+        critic = torch.cat([agent.critic.q1.features(zsa), agent.critic.q2.features(zsa)], 1)
+        return {"encoder": zsa, "critic": critic, "actor": agent.actor.mlp.features(zs)}
+
+    return pathologies(agent, LNActiv, features)
+
+
+# OPERATIONS: the same in all scripts
+class DMControl(gym.Env):  # a task of the suite
+    render_mode, _max_episode_steps = "rgb_array", 1000  # the limit of all tasks but lqr's, which have none
+
+    def __init__(self, env_id: str, seed: int):
+        suite = import_module("dm_control.suite")  # only now: it reads MUJOCO_GL
+        self.dmc = suite.load(*env_id.split("-", 1), task_kwargs={"random": seed})  # lqr draws its model from the seed
+        spaces = {k: gym.spaces.Box(-np.inf, np.inf, x.shape, x.dtype) for k, x in self.dmc.observation_spec().items()}
+        self.observation_space = gym.spaces.Dict(list(spaces.items()))  # a list keeps the order of the spec
+        spec = self.dmc.action_spec()  # lqr's limits of +-1e10 stand for none: its actions are in [-1, 1], too
+        low, high = (np.where(np.abs(x) < 1e9, x, np.sign(x)) for x in (spec.minimum, spec.maximum))
+        self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.dmc.task.random.seed(seed)
+        return self.dmc.reset().observation, {}
+
+    def step(self, action: np.ndarray):
+        step = self.dmc.step(action)
+        terminated = step.last() and step.discount == 0  # in the suite only lqr's episodes can terminate
+        return step.observation, step.reward, terminated, step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.dmc.physics.render(480, 480, camera_id=0)
+
+
+class AgentEnv(gym.Wrapper):
+    """An environment as agents see it: agent steps, actions in [-1, 1], flat float32 observations, a time limit."""
+
+    def __init__(self, args: Args):
+        gymnasium = ":" in args.env_id or args.env_id in gym.registry  # "package:Name-v0" imports its package
+        render_mode = {"render_mode": "rgb_array"} if args.capture_video else {}
+        try:
+            if gymnasium:
+                super().__init__(gym.make(args.env_id, disable_env_checker=True, **render_mode))
+            else:
+                super().__init__(DMControl(args.env_id, args.seed))
+            if args.capture_video:  # notice now what is missing for it
+                self.env.reset(), self.env.render()
+        except Exception as error:  # of whatever library makes it
+            raise ValueError(
+                f"no environment {args.env_id}, as dog-run or HalfCheetah-v5 are: {error!r:.300}"
+            ) from error
+        raw, actions = self.env.observation_space, self.env.action_space
+        real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+        if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):
+            raise ValueError(f"{args.env_id} has actions {actions}: agents need a flat, bounded Box of real numbers")
+        if not raw.is_np_flattenable:
+            raise ValueError(f"{args.env_id} has observations {raw}: agents need a Box, or several of them")
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, actions.shape, np.float32)
+        self.action_repeat = args.action_repeat or (1 if gymnasium else 2)
+        self.limit = args.max_episode_steps
+        if self.limit is None and self.env.has_wrapper_attr("_max_episode_steps"):  # of a TimeLimit, or its own
+            self.limit = math.ceil(self.env.get_wrapper_attr("_max_episode_steps") / self.action_repeat)
+
+    def flat(self, obs) -> np.ndarray:
+        obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
+        if not np.isfinite(obs).all():
+            raise gym.error.Error(f"at step {self.steps} of an episode, the observation is not finite: {obs}")
+        return obs
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return self.flat(self.env.reset(**kwargs)[0]), {}
+
+    def step(self, action: np.ndarray):
+        if not np.isfinite(action).all():
+            raise FloatingPointError("an action of the actor is not finite")
+        low, high = self.env.action_space.low.astype(np.float64), self.env.action_space.high
+        action = (low + (action.astype(np.float64) + 1) * (high - low) / 2).clip(low, high)
+        self.steps, total_reward = self.steps + 1, 0.0
+        for _ in range(self.action_repeat):
+            obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
+            if np.size(reward) != 1 or not np.isfinite(reward).all():
+                raise gym.error.Error(f"at step {self.steps} of an episode, the reward is no finite number: {reward}")
+            total_reward += float(np.asarray(reward).item())
+            if terminated or truncated:
+                break
+        if self.limit is None and self.steps >= 100_000:
+            raise gym.error.Error("an episode took 100,000 agent steps; limit it with --max-episode-steps")
+        return self.flat(obs), total_reward, bool(terminated), bool(truncated) or self.steps == self.limit, {}
+
+
+def episode_seeds(*key: int, count: int = 1) -> list[int]:
+    """Seeds of episodes, from the run's seed and their place in the run."""
+    return np.random.SeedSequence(key).generate_state(count).tolist()
+
+
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, video: Path) -> np.ndarray | None:
+    """The returns of an episode with each seed, without noise; None if a signal came meanwhile."""
+    returns, running, frames = np.zeros(len(seeds)), np.ones(len(seeds), bool), []
+    agent.eval()
+    try:
+        obs, _ = envs.reset(seed=seeds)
+        while running.any() and not stop:
+            if agent.args.capture_video and running[0]:
+                frames.append(envs.envs[0].render())
+            obs, reward, terminated, truncated, _ = envs.step(agent.act(obs))
+            returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
+            running &= ~(terminated | truncated)
+    except (EOFError, ConnectionError):
+        time.sleep(1)  # the signal that ended a process of the evaluation may reach this one later
+        if not stop:
+            sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
+    if frames and not stop:
+        video.parent.mkdir(exist_ok=True)
+        import_module("imageio.v2").mimwrite(video, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
+    return None if stop else returns
+
+
+def size_of(args: Args, module: str, width: int, blocks: int) -> tuple[int, int]:
+    """Width and number of blocks of a module that has `width` and `blocks` at scale 1."""
+    scale = getattr(args, f"{module}_scale")
+    width_scale, depth_scale = scale or args.width_scale or args.scale, scale or args.depth_scale or args.scale
+    return max(1, round(width * width_scale)), max(1, round(blocks * depth_scale))
+
+
+def graphed(agent: Agent, update: Callable, *modules: str) -> Callable:
+    """An update of these modules as one CUDA graph. Two first calls run eagerly, and those that change a topology."""
+    sparsifiers, graph, metrics, eager_calls = [agent.sparsifiers[name] for name in modules], None, {}, 0
+
+    def run(rb: ReplayBuffer) -> dict[str, Tensor]:
+        nonlocal graph, metrics, eager_calls
+        if eager_calls < 2 or any(sparsifier.topology_update_due for sparsifier in sparsifiers):
+            eager_calls, eager_metrics = eager_calls + 1, update(rb)
+            for optimizer in agent.optimizers.values():
+                optimizer.zero_grad()  # or these gradients would stay in memory beside the graph's
+            return eager_metrics
+        if graph is None:
+            print("capturing an update as CUDA graph: if that fails, train with --no-cuda-graphs")
+            graph = torch.cuda.CUDAGraph()
+            for generator in (agent.generator, rb.generator):
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                metrics = update(rb)  # computes nothing yet, but advances the clocks of the sparsifiers
+        else:
+            for sparsifier in sparsifiers:
+                sparsifier.updates += 1
+        graph.replay()
+        return metrics
+
+    return run
+
+
+def pathologies(agent: Agent, kind: type[nn.Module], features: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
+    """srank (Kumar et al. 2021) of `features()`, dormant ratio (Sokar et al. 2023) of `kind` of layers, and norms."""
+    hidden: dict[str, list[Tensor]] = {name: [] for name in MODULES}
+    layers = [(name, layer) for name in MODULES for layer in getattr(agent, name).modules() if isinstance(layer, kind)]
+    hooks = [layer.register_forward_hook(lambda *io, name=name: hidden[name].append(io[2])) for name, layer in layers]
+    metrics, features_of = {}, features()
     for hook in hooks:
         hook.remove()
-    heads = hidden["critic"][len(hidden["critic"]) // 2 - 1 :: len(hidden["critic"]) // 2]
-    features = {"encoder": zsa, "critic": torch.cat(heads, 1), "actor": hidden["actor"][-1]}
-
-    metrics = {}
-    for name in MODULES:
-        if not features[name].isfinite().all():
+    for name, x in features_of.items():
+        if not x.isfinite().all():
             raise FloatingPointError(f"a feature of the {name} is not finite")
-        metrics |= {
-            f"plasticity/{name}_srank": stable_rank(features[name]),
-            f"plasticity/{name}_dormant_ratio": dormant_ratio(hidden[name], tau=0.1),
-            f"plasticity/{name}_dormant_ratio_0.025": dormant_ratio(hidden[name], tau=0.025),
-            f"plasticity/{name}_weight_norm": nn.utils.get_total_norm(getattr(agent, name).parameters()).item(),
-            f"plasticity/{name}_feature_norm": features[name].norm(dim=1).mean().item(),
-        }
+        metrics[f"plasticity/{name}_srank"] = stable_rank(x)
+        metrics[f"plasticity/{name}_dormant_ratio"] = dormant_ratio(hidden[name], tau=0.1)
+        metrics[f"plasticity/{name}_dormant_ratio_0.025"] = dormant_ratio(hidden[name], tau=0.025)
+        metrics[f"plasticity/{name}_feature_norm"] = x.norm(dim=1).mean().item()
+        metrics[f"plasticity/{name}_weight_norm"] = nn.utils.get_total_norm(getattr(agent, name).parameters()).item()
     return metrics
 
 
 def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
-    print(f"{'module':<10}{'type':>5}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
-    total = total_active = 0
-    for name in MODULES:
-        module, sparsifier = getattr(agent, name), agent.sparsifier[name]
-        head = sum(p.numel() for p in module.predictor.parameters()) if name == "encoder" else 0
-        parameters = sum(p.numel() for p in module.parameters()) - head
-        active = parameters - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
-        arch, regime = getattr(args, f"{name}_arch"), getattr(args, f"{name}_regime")
-        print(f"{name:<10}{arch:>5}{regime:>8}{parameters:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
-        if head:
-            print(f"{'predictor':<10}{'':>5}{'dense':>8}{head:>14,}{head:>14,}{0:>10.4f}")
-        total, total_active = total + parameters, total_active + active
-    print(f"{'agent':<10}{'':>13}{total:>14,}{total_active:>14,}   (without the predictor)")
-    gib = ReplayBuffer.nbytes(rb.capacity, rb.obs.shape[1], rb.action.shape[1]) / 2**30
-    print(f"replay buffer {rb.capacity:,} steps, {gib:.2f} GiB on {rb.device}; training on {agent.device}")
+    print(f"{'module':<10}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
+    total = np.zeros(2, int)
+    for name, sparsifier in agent.sparsifiers.items():
+        named = getattr(agent, name).named_parameters()
+        size = sum(p.numel() for key, p in named if not key.startswith(ALWAYS_DENSE))  # as the paper counts
+        active = size - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
+        print(f"{name:<10}{sparsifier.regime:>8}{size:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
+        total += size, active
+    print(f"{'agent':<10}{total[0]:>22,}{total[1]:>14,}", *(f"without the {name}" for name in ALWAYS_DENSE))
+    limit = f"at most {args.max_episode_steps:,} agent steps" if args.max_episode_steps else "no declared limit"
+    print(f"episodes of {limit}, discount factor {args.gamma:g}, replay buffer of {rb.storage.nbytes / 2**30:.2f} GiB")
 
 
-def validate(args: Args) -> None:
-    """Stop with exit code 2 at the first argument out of range."""
-    positive = (
-        "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
-        "target_network_frequency", "topology_update_interval", "encoder_horizon", "q_horizon",
-    )  # fmt: skip
-    not_negative = ("seed", "eval_workers", "weight_decay", "exploration_noise", "policy_noise", "noise_clip")
-    ranges = dict.fromkeys(positive, (1, math.inf)) | dict.fromkeys(not_negative, (0, math.inf))
-    ranges |= dict.fromkeys(("gamma", "drop_fraction", "schedule_start", "schedule_end"), (0, 1))
-    ranges |= {f"{name}_lr": (1e-12, math.inf) for name in MODULES}
-    ranges |= {f"{name}_sparsity": (0, 1 - 1e-9) for name in MODULES}
-    ranges |= {name: (1e-3, 1e3) for name in asdict(args) if name.endswith("scale")}
-    ranges |= {"max_grad_norm": (1e-12, math.inf), "action_repeat": (1, math.inf)}
-    ranges |= {"learning_starts": (args.encoder_horizon, math.inf)}  # the first update needs a whole window
-    ranges |= {"buffer_size": (args.learning_starts + args.encoder_horizon, math.inf)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is out of range: choose a value from {low:g} to {high:g}", 2)
-    if args.q_horizon > args.encoder_horizon:
-        fail("--q-horizon is larger than --encoder-horizon: windows of the replay buffer have encoder_horizon steps", 2)
+def check(args: Args) -> None:
+    """ValueError for the first flag that cannot be. What tyro, torch and the Sparsifier refuse is not in here."""
+    for name, value in asdict(args).items():
+        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else sys.maxsize
+        if type(value) in (int, float) and name != "target_entropy" and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}, the most {high}")
+    if re.search(r"[^\w.+=-]", args.exp_name):
+        raise ValueError(f"--exp-name {args.exp_name} names a folder: write letters, digits and _ . + = - only")
     if args.cuda and not torch.cuda.is_available():
-        fail("--cuda was given but torch sees no GPU: install a CUDA build of torch, or train with --no-cuda", 2)
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("--compile needs a C++ compiler: install g++, or name another in CXX", 2)
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs wandb: pip install wandb", 2)
-    if args.capture_video:
-        try:
-            import imageio_ffmpeg  # noqa: F401
-        except ImportError:
-            fail("--capture-video needs imageio: pip install 'imageio[ffmpeg]'", 2)
-
-
-# COMMON TO ALL SCRIPTS: evaluation, with episode seeds and environments of its own so that it never moves the training
-def episode_seed(*key: int) -> int:
-    """The seed of an episode, from the run's seed and the episode's place in the run."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def step_environments(pipe, inherited: list, make: Callable[[int], gym.Env], indices: list[int]) -> None:
-    """A worker process: calls methods of its environments for the trainer, until that closes the pipe or dies."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # also sent to the trainer, which decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for trainers_end in inherited:
-        trainers_end.close()
-    envs = {i: make(i) for i in indices}
-    with suppress(EOFError, ConnectionError):
-        while True:
-            method, arguments = pipe.recv()
-            pipe.send({i: getattr(envs[i], method)(**keywords) for i, keywords in arguments.items()})
-
-
-class EvaluationEnvs:
-    """`count` environments that are stepped side by side, in worker processes or (`workers=0`) in this one."""
-
-    def __init__(self, make: Callable[[int], gym.Env], count: int, workers: int):
-        self.count, self.pipes = count, []
-        self.groups = np.array_split(range(count), workers) if workers else []
-        self.envs = {} if workers else {i: make(i) for i in range(count)}
-        for group in self.groups:
-            here, there = multiprocessing.Pipe()
-            self.pipes.append(here)
-            context = multiprocessing.get_context("fork")  # shares this process's memory, and starts at once
-            context.Process(target=step_environments, args=(there, self.pipes, make, group), daemon=True).start()
-            there.close()
-
-    def call(self, method: str, arguments: dict[int, dict]) -> None:
-        """Call a method of the environments that have keyword arguments here. `results()` has to follow."""
-        self.here = {i: getattr(env, method)(**arguments[i]) for i, env in self.envs.items() if i in arguments}
-        for pipe, group in zip(self.pipes, self.groups, strict=True):
-            pipe.send((method, {i: arguments[i] for i in group if i in arguments}))
-
-    def results(self) -> dict:
-        """What the last call returned, by environment. Waits for the workers."""
-        return self.here | {i: value for pipe in self.pipes for i, value in pipe.recv().items()}
-
-
-class WorkerDied(Exception):
-    """A worker process of the evaluation ended before its environments were done; it printed why, if it could."""
-
-
-def evaluate(
-    agent: Agent, envs: EvaluationEnvs, seeds: list[int], frames: list | None = None
-) -> Iterator[np.ndarray | None]:
-    """Play one episode per environment, side by side and without noise. Yields None while they step, at last the
-    returns, (count,). The pictures of the first episode are appended to `frames`, if given.
-    """
-    try:
-        envs.call("reset", {i: {"seed": seed} for i, seed in enumerate(seeds)})
-        yield None
-        resets = envs.results()
-        obs = np.stack([resets[i][0] for i in range(envs.count)])
-        returns, running = np.zeros(envs.count), np.ones(envs.count, bool)
-        while running.any():
-            if frames is not None and running[0]:
-                frames.append(envs.envs[0].render())
-            actions = agent.act(obs)
-            envs.call("step", {i: {"action": actions[i]} for i in np.flatnonzero(running)})
-            yield None
-            for i, (next_obs, reward, terminated, truncated, _) in envs.results().items():
-                obs[i] = next_obs
-                returns[i] += reward
-                running[i] = not (terminated or truncated)
-        yield returns
-    except (EOFError, ConnectionError) as error:
-        raise WorkerDied("a worker process of the evaluation died; --eval-workers 0 does without them") from error
-
-
-class Evaluation:
-    """An evaluation of a copy of the agent as it was at `agent_step`. Each `next(steps)` plays a step of all episodes.
-
-    So training can go on meanwhile. A resumed run starts the evaluation anew, with the same returns.
-    """
-
-    def __init__(
-        self, agent: Agent, envs: EvaluationEnvs, agent_step: int, wall_seconds: float, scalars: dict[str, float]
-    ):
-        self.agent_step, self.wall_seconds, self.scalars = agent_step, wall_seconds, scalars
-        self.agent = copy.copy(agent)
-        for name in ACTING:
-            setattr(self.agent, name, copy.deepcopy(getattr(agent, name)))
-        self.frames = [] if agent.args.capture_video else None
-        seeds = [episode_seed(agent.args.seed, 1, agent_step, i) for i in range(envs.count)]
-        self.steps = evaluate(self.agent, envs, seeds, self.frames)
-
-    def state_dict(self) -> dict:
-        values = {name: getattr(self, name) for name in ("agent_step", "wall_seconds", "scalars")}
-        return {**values, "modules": {name: getattr(self.agent, name).state_dict() for name in ACTING}}
-
-
-# Checkpoints and run directory
-RESUME_ME = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start the same command again
-
-
-def fail(message: str, code: int = 1) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+        raise ValueError("--cuda needs a GPU that torch sees: train with --no-cuda")
 
 
 def save(path: Path, content: dict) -> None:
     """Write to a temporary file, sync and rename: `path` holds the old or the new content, never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
+    if not all(tensor.isfinite().all() for tensor in content["agent"].values()):
+        raise FloatingPointError("a weight is not finite")
+    temporary = path.with_suffix(".tmp")
     try:
         torch.save(content, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError when it cannot write
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error}); free some space and start the same command again to go on")
+        raise OSError(f"{path.name}: {error!r}") from error
 
 
-def load(path: Path, *keys: str) -> dict:
+def load(path: Path) -> dict:
     """Read tensors and plain values; a file can hold nothing else, so opening it runs no code."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums that torch.save wrote
-            if broken := file.testzip():
-                raise ValueError(f"the checksum of {broken} is wrong")
+        if broken := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError(f"the checksum of {broken} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not content.keys() >= set(keys):
-            raise ValueError(f"it lacks {', '.join(keys)}")
-        return content
+        return {name: content[name] for name in ("args", "run", "agent")} | content
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        fail(f"cannot load {path}, it is damaged or not ours ({reason}); restore a copy, or delete it to start anew")
+        sys.exit(f"error: {path} is damaged or not ours ({error!r:.200}); restore a copy, or delete it")
+
+
+def load_agent(args: Args) -> tuple[Args, dict]:
+    """What the run directory of --eval-only holds, and the arguments to play it with: its own, but for how to play."""
+    paths = [path for name in ("agent.pt", "checkpoint.pt") if (path := Path(args.eval_only, name)).exists()]
+    if not paths:
+        raise ValueError(f"--eval-only {args.eval_only} is no run directory with an agent.pt or a checkpoint.pt")
+    saved = load(paths[0])
+    if unknown := sorted(saved["args"].keys() - asdict(args).keys()):
+        raise ValueError(f"{paths[0]} is of another script, which has --{unknown[0]}: play it with that one")
+    own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
+    return replace(Args(**saved["args"]), buffer_size=1, **{name: getattr(args, name) for name in own}), saved
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
-    """Create the run directory, or return it with its last checkpoint. Refuses a run with other arguments.
-
-    What was logged after the checkpoint is cut off: the resumed run logs it again, bit for bit the same on CPU.
-    """
-    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-    config_path, checkpoint_path = run_dir / "config.json", run_dir / "checkpoint.pt"
-    arguments = asdict(args)
+    """The run directory, locked, and its checkpoint; logs are cut back to it. ValueError for a run with other flags."""
+    may_change = (  # what never moves the training
+        "eval_interval", "eval_episodes", "eval_processes", "log_interval", "checkpoint_interval", "diagnostics",
+        "track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir", "cuda_graphs",
+    )  # fmt: skip
+    run_dir = Path(args.runs_dir, re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{run_dir} is being trained by another process; wait for it, or choose another --exp-name or --seed")
-        except OSError:  # a file system without locks
-            pass
-        if config_path.exists():
-            previous = json.loads(config_path.read_text())["args"]
-            names = [name for name in previous | arguments if previous.get(name) != arguments.get(name)]
-            free = ("runs_dir", "eval_workers", "cuda_graphs")  # where a run lies, and how fast it goes
-            names = [name for name in names if name not in free]
-            if names:
-                differences = ", ".join(f"{name} {previous.get(name)} -> {arguments.get(name)}" for name in names)
-                fail(f"{run_dir} holds a run with other arguments ({differences}); use its arguments to resume it, "
-                     "or another --exp-name or --seed for a new run", 2)  # fmt: skip
-        else:
-            temporary = config_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"args": arguments, **provenance()}, indent=2))
-            os.replace(temporary, config_path)
-    except OSError as error:
-        fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {run_dir} is being trained by another process; choose another --exp-name or --seed")
+    except OSError:  # a file system without locks
+        pass
+    config, temporary = run_dir / "config.json", run_dir / "config.tmp"
+    if not config.exists():
+        versions = {x.name: x.version for x in distributions()} | {"python": platform.python_version()}
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
+        commit = subprocess.run(git, shell=True, capture_output=True, text=True, check=False).stdout.strip() or None
+        origin = {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
+        temporary.write_text(json.dumps({"args": asdict(args), **origin}, indent=2))
+        temporary.replace(config)
+    try:
+        now, before = asdict(args), asdict(Args()) | json.loads(config.read_text())["args"]
     except (ValueError, KeyError, TypeError):
-        fail(f"{config_path} is damaged; restore a copy of it, or delete {run_dir} to start anew")
-    checkpoint = load(checkpoint_path, "finished", "progress", "files") if checkpoint_path.exists() else None
-    length = checkpoint["files"] if checkpoint else {}
+        sys.exit(f"error: {config} is damaged; restore a copy of it, or delete {run_dir} to start anew")
+    changes = [f"{x} {before[x]} -> {now.get(x)}" for x in before if before[x] != now.get(x) and x not in may_change]
+    if changes:
+        raise ValueError(f"{run_dir} holds a run with other flags ({', '.join(changes)}): choose another --exp-name")
+    if (run_dir / "agent.pt").exists():
+        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
+        sys.exit(0)
+    checkpoint = load(run_dir / "checkpoint.pt") if (run_dir / "checkpoint.pt").exists() else None
+    files = checkpoint["files"] if checkpoint else {}
     for path in [run_dir / "eval.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name not in length:
+        if path.name not in files:
             path.unlink(missing_ok=True)
-        elif path.stat().st_size > length[path.name]:
-            os.truncate(path, length[path.name])
+        elif path.stat().st_size > files[path.name]:
+            os.truncate(path, files[path.name])
     return run_dir, checkpoint
 
 
-def provenance() -> dict:
-    """What a result depends on beside the arguments."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "gymnasium", "dm_control", "mujoco"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    return {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
+def main() -> int:
+    args, saved, stop = tyro.cli(Args, description=__doc__), None, []  # stop: the signals that came
 
-
-def memory_size(device: torch.device) -> int:
-    """Free bytes of a GPU, or bytes of the machine or of the control group that a cluster's job runs in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
-        for folder in [Path(f"/sys/fs/cgroup{group}"), *Path(f"/sys/fs/cgroup{group}").parents]:
-            limit = folder / "memory.max"
-            if limit.exists() and limit.read_text().strip() != "max":
-                size = min(size, int(limit.read_text()))
-    except (OSError, IndexError):  # no control groups here
-        pass
-    return size
-
-
-def make_replay_buffer(args: Args, obs_dim: int, action_dim: int, horizon: int, device: torch.device) -> ReplayBuffer:
-    """On the training device where it fits beside the networks, else in main memory."""
-    nbytes = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
-    if device.type == "cuda" and nbytes > 0.7 * memory_size(device):
-        device = torch.device("cpu")
-    if nbytes > memory_size(device):
-        fail(f"a replay buffer of {args.buffer_size:,} steps needs {nbytes / 2**30:.1f} GiB, and there are "
-             f"{memory_size(device) / 2**30:.1f} GiB of memory: choose a smaller --buffer-size", 2)  # fmt: skip
-    return ReplayBuffer(args.buffer_size, obs_dim, action_dim, horizon, args.seed, device)
-
-
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    import imageio.v2 as imageio
-
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
-
-
-def tensorboard_layout() -> dict:
-    """Charts of TensorBoard's "Custom Scalars": returns, then a row per pathology with a chart per module."""
-
-    def chart(tag: str) -> list:
-        return ["Multiline", [f"{tag}$"]]  # a regular expression, matched from the start
-
-    pathologies = ("srank", "dormant_ratio", "weight_norm", "grad_norm")
-    return {
-        "return": {"evaluation": chart("eval/episode_return_mean"), "training": chart("charts/episodic_return")},
-        **{what: {name: chart(f"plasticity/{name}_{what}") for name in MODULES} for what in pathologies},
-        "replaced connections": {name: chart(f"sparsity/{name}_replaced") for name in MODULES},
-        "losses": {name: chart(f"losses/{name}") for name in ("critic_loss", "actor_loss", "q_values")},
-    }
-
-
-def make_evaluation_envs(args: Args, env_id: str, action_repeat: int | None) -> EvaluationEnvs:
-    """The environments of the evaluation: one worker process per core, if there are several and nothing is rendered."""
-    cores = torch.get_num_threads()  # OMP_NUM_THREADS, where several runs share a machine
-    workers = (cores if cores > 1 else 0) if args.eval_workers is None else args.eval_workers
-
-    def make(i: int) -> gym.Env:
-        return make_env(env_id, args.seed, action_repeat, render=args.capture_video and i == 0)
-
-    if args.capture_video or env_id == "quadruped-escape":  # OpenGL does not survive a fork
-        workers = 0
-    return EvaluationEnvs(make, args.eval_episodes, min(workers, args.eval_episodes))
-
-
-def set_up(args: Args) -> torch.device:
-    """The device, with what decides how fast it is. None of this is part of the algorithm."""
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.cuda:
-        torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # moments of dead units decay into them: AdamW at a fifteenth of its speed on a CPU
-    with suppress(OSError, AttributeError):  # glibc: keep large blocks, or a gradient of 38 MB faults in anew each time
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)
-    return torch.device("cuda" if args.cuda else "cpu")
-
-
-def print_speed(args: Args, agent: Agent, eval_envs: EvaluationEnvs) -> None:
-    """Say which path the updates, the matrix products and the evaluation take, and why."""
-    graphs = f"off: {agent.updates.off}" if agent.updates.off else "on, once one was compared with an eager update"
-    products = "bfloat16" if args.bf16 else "TF32" if args.cuda and args.matmul_precision == "high" else "float32"
-    workers = f"{len(eval_envs.pipes)} worker processes, beside the training" if eval_envs.pipes else "this process"
-    print(f"CUDA graphs {graphs}; torch.compile {'on' if args.compile else 'off'}; matrix products in {products}")
-    print(f"actions chosen {'before' if args.overlap else 'after'} the update; evaluation in {workers}", flush=True)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes that tensors on a GPU held, or that the process held in main memory, at most since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@dataclass
-class Progress:
-    """Where a run is. An agent step has up to four phases, and a checkpoint can be taken between and within them."""
-
-    agent_step: int = 0
-    phase: Literal["act", "train", "evaluate", "wait"] = "evaluate"  # wait: for the evaluation to end
-    episode: int = 0
-    episode_return: float = 0.0
-    wall_seconds: float = 0.0
-
-
-def train(args: Args) -> int:
-    """Train, from the last checkpoint if there is one. Returns the exit code."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: stop.set())
-    device = set_up(args)
-    try:
-        choose_mujoco_gl(args.env_id, args.capture_video)
-        env = make_env(args.env_id, args.seed, args.action_repeat)
-        if args.capture_video:
-            make_env(args.env_id, args.seed, args.action_repeat, render=True).close()
-    except (ValueError, RuntimeError) as error:
-        fail(str(error), 2)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    action_repeat = env.get_wrapper_attr("action_repeat")
+    def on_signal(number: int, frame) -> None:
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second ctrl-C ends the process at once
 
     try:
-        agent = make_agent(args, obs_dim, action_dim, device)
-    except ValueError as error:
-        fail(str(error), 2)
-    rb = make_replay_buffer(args, obs_dim, action_dim, agent.horizon, device)
-    print_table(args, agent, rb)
-    if args.dry_run:
-        return 0
-    eval_envs = make_evaluation_envs(args, args.env_id, args.action_repeat)  # its processes must not hold the lock
-    print_speed(args, agent, eval_envs)
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"]:
-        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
-        return 0
-    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
-
-    # TRY NOT TO MODIFY: seeding, or restoring from the checkpoint
-    exploration = torch.Generator().manual_seed(args.seed)
-    actions: list[torch.Tensor] = []  # of the running episode: with its seed, they restore the environment
-    action: torch.Tensor | None = None  # the next one, where it is chosen before an update
-    evaluation: Evaluation | None = None  # the one under way
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        rb.load_state_dict(checkpoint["replay_buffer"])
-        exploration.set_state(checkpoint["exploration"])
-        actions, action = list(checkpoint["actions"]), checkpoint["action"]
-        if saved := checkpoint.get("evaluation"):  # checkpoints of earlier versions have no such entry
-            modules = saved.pop("modules")
-            evaluation = Evaluation(agent, eval_envs, **saved)
-            for name in ACTING:
-                getattr(evaluation.agent, name).load_state_dict(modules[name])
-        print(f"resuming {run_dir} at agent step {progress.agent_step:,}")
-    obs = replay_episode(env, episode_seed(args.seed, 0, progress.episode), [action.numpy() for action in actions])
-    if not checkpoint:
-        rb.start_episode(obs)
-    elif not np.array_equal(obs, rb.obs[rb.position].cpu().numpy()):
-        print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
-        progress.episode, progress.episode_return, actions, action = progress.episode + 1, 0.0, [], None
-        obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
-        rb.start_episode(obs)
-
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
-            config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
-        )  # fmt: skip
-    writer = SummaryWriter(run_dir)
-    if not checkpoint:
-        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        writer.add_custom_scalars(tensorboard_layout())
-    del checkpoint  # its replay buffer may be large
-    start_time, start_step, earlier_seconds = time.time(), progress.agent_step, progress.wall_seconds
-    last_seconds, last_step = earlier_seconds, start_step  # at the last evaluation
-    bar = tqdm(
-        total=args.total_timesteps, initial=start_step, unit="step", miniters=0, mininterval=0.5,
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-
-    def stopped() -> bool:
-        """Whether a signal came. Asked often, so it also keeps the bar's clock running."""
-        bar.update(0)
-        return stop.is_set()
-
-    def wall_seconds() -> float:
-        return earlier_seconds + time.time() - start_time
-
-    def save_checkpoint(finished: bool = False) -> None:
-        for name in MODULES:
-            if not all(parameter.isfinite().all() for parameter in getattr(agent, name).parameters()):
-                raise FloatingPointError(f"a weight of the {name} is not finite")
-        writer.flush()
-        progress.wall_seconds = wall_seconds()
-        files = {path.name: path.stat().st_size for path in run_dir.iterdir() if path.is_file()}
-        state = {"finished": finished, "progress": asdict(progress), "files": files}
-        if finished:  # it needs no more, and hundreds of replay buffers would fill a disk
-            save(run_dir / "agent.pt", {"args": asdict(args), **agent.policy_state_dict()})
+        check(args)
+        if args.eval_only:
+            args, saved = load_agent(args)
+        sys.stdout.reconfigure(line_buffering=True)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
+        torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them
+        opengl = args.capture_video or args.env_id == "quadruped-escape"  # whose terrain is drawn
+        os.environ.setdefault("MUJOCO_GL", "egl" if opengl else "disable")
+        for number in (signal.SIGINT, signal.SIGUSR1):  # before the fork: the evaluation's processes carry on
+            signal.signal(number, on_signal)
+        makers = [lambda: AgentEnv(args)] * (1 if args.dry_run else args.eval_episodes)
+        if args.eval_processes and not opengl:  # which no fork survives
+            envs = gym.vector.AsyncVectorEnv(makers, context="fork")  # before there is a lock or a context on the GPU
         else:
-            state |= {
-                "agent": agent.state_dict(),
-                "replay_buffer": rb.state_dict(),
-                "exploration": exploration.get_state(),
-                "actions": torch.stack(actions) if actions else torch.zeros(0, action_dim),
-                "action": action,
-                "evaluation": evaluation.state_dict() if evaluation else None,
-            }
-        save(run_dir / "checkpoint.pt", state)
-
-    def begin_evaluation() -> Evaluation:
-        """Measure the agent as it is now; its episodes are played step by step from here on."""
-        scalars = {"charts/peak_memory_gib": peak_memory(device) / 2**30}
-        for name, sparsifier in agent.sparsifier.items():
-            scalars[f"sparsity/{name}_sparsity"] = sparsifier.sparsity()
-            scalars[f"sparsity/{name}_topology_updates"] = sparsifier.topology_updates
-            scalars[f"sparsity/{name}_replaced"] = sparsifier.replaced
-        if args.diagnostics:
-            scalars |= diagnose(agent, rb, seed=progress.agent_step)
-        return Evaluation(agent, eval_envs, progress.agent_step, wall_seconds(), scalars)
-
-    def step_evaluation() -> None:
-        """One step of the evaluation under way. The last one logs it."""
-        nonlocal evaluation
-        try:
-            returns = next(evaluation.steps)
-        except WorkerDied:
-            time.sleep(1)  # what ended a worker may be a signal to all processes of the job, and reach this one too
-            if not stop.is_set():
-                raise
-            return
-        if returns is not None:
-            log_evaluation(returns)
-            evaluation = None
-
-    def finish_evaluation() -> bool:
-        """Whether no evaluation is under way any more; one still is if a signal came."""
-        bar.set_description("evaluating")
-        while evaluation and not stopped():
-            step_evaluation()
-        bar.set_description("")
-        return evaluation is None
-
-    def log_evaluation(returns: np.ndarray) -> None:
-        """One line to `eval.csv` (durable at once), TensorBoard and the log."""
-        nonlocal last_seconds, last_step
-        mean, std, step, seconds = returns.mean(), returns.std(), evaluation.agent_step, evaluation.wall_seconds
-        path = run_dir / "eval.csv"
-        columns = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
-        with open(path, "a") as file:
-            if file.tell() == 0:
-                print(columns, file=file)
-            print(step, step * action_repeat, mean, std, len(returns), round(seconds, 1), sep=",", file=file)
-            file.flush()
-            os.fsync(file.fileno())
-        scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std, **evaluation.scalars}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        if evaluation.frames:
-            write_video(run_dir / "videos" / f"agent_step_{step}.mp4", evaluation.frames)
-        sps = (step - last_step) / (seconds - last_seconds) if step > last_step else 0.0
-        trained = sps and last_step >= args.learning_starts  # random steps are too fast to tell the time left
-        left = f"{tqdm.format_interval((args.total_timesteps - progress.agent_step) / sps)} left" if trained else ""
-        last_seconds, last_step = seconds, step
-        tqdm.write(f"agent step {step:>7,}  return {mean:7.1f} +- {std:5.1f}  {sps:6.1f} steps/s  {left}")
-        sys.stdout.flush()
-        bar.set_postfix_str(f"return {mean:.1f}")
-
-    def log_training() -> None:
-        for name, value in agent.metrics.items():
-            writer.add_scalar(name, value.item(), progress.agent_step)
-        sps = (progress.agent_step - start_step) / (time.time() - start_time)
-        writer.add_scalar("charts/SPS", sps, progress.agent_step)
-
-    def check_finite() -> None:
-        """Waits for the update to end."""
-        values = torch.stack(list(agent.metrics.values())).tolist() if agent.metrics else []
-        for name, value in zip(agent.metrics, values, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value}")
-
-    try:
-        while progress.agent_step < args.total_timesteps or progress.phase != "act":
-            if progress.phase == "act":
-                # ALGO LOGIC: put action logic here
-                if action is None:
-                    action = agent.explore(obs, progress.agent_step < args.learning_starts, exploration)
-
-                # TRY NOT TO MODIFY: execute the game and store the transition
-                obs, reward, terminated, truncated, _ = env.step(action.numpy())
-                if args.overlap:  # the last update ran meanwhile
-                    check_finite()
-                rb.add(action.numpy(), reward, obs, terminated)
-                actions.append(action)
-                action = None
-                progress.agent_step += 1
-                progress.episode_return += float(reward)
-                if terminated or truncated:
-                    writer.add_scalar("charts/episodic_return", progress.episode_return, progress.agent_step)
-                    writer.add_scalar("charts/episodic_length", len(actions), progress.agent_step)
-                    progress.episode, progress.episode_return, actions = progress.episode + 1, 0.0, []
-                    obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
-                    rb.start_episode(obs)
-                progress.phase = "train"
-
-            if progress.phase == "train":
-                if evaluation:  # its workers step while the update runs
-                    step_evaluation()
-                # ALGO LOGIC: training
-                if progress.agent_step < args.learning_starts:
-                    progress.phase = "evaluate"
-                else:
-                    if args.overlap and action is None and progress.agent_step < args.total_timesteps:
-                        action = agent.explore(obs, False, exploration)
-                    if agent.train_step(rb, stopped):
-                        if not args.overlap:
-                            check_finite()
-                        if progress.agent_step % args.log_interval == 0:
-                            log_training()
-                        progress.phase = "evaluate"
-
-            if progress.phase == "evaluate" and not stop.is_set():
-                last = progress.agent_step == args.total_timesteps
-                if not last and progress.agent_step % args.eval_interval:
-                    progress.phase = "act"
-                elif finish_evaluation():  # of the one before
-                    evaluation = begin_evaluation()
-                    progress.phase = "act" if eval_envs.pipes and not last else "wait"
-            if progress.phase == "wait" and finish_evaluation():
-                progress.phase = "act"
-
-            bar.update(progress.agent_step - bar.n)
-            if stop.is_set() or (progress.phase == "act" and progress.agent_step % args.checkpoint_interval == 0):
-                save_checkpoint()
-            if stop.is_set():
-                bar.close()
-                print(f"stopped at agent step {progress.agent_step:,}; start the same command again to go on")
-                return RESUME_ME
-        save_checkpoint(finished=True)
-        writer.close()
-    except FloatingPointError as error:
-        with suppress(FloatingPointError, WorkerDied, OSError, StopIteration):  # the last: it is what failed
-            finish_evaluation()  # of the weights from before
-        writer.flush()
-        fail(
-            f"{error} at agent step {progress.agent_step:,}; {run_dir} keeps the last good checkpoint. A lower "
-            "learning rate may help, or an architecture with LayerNorm, under another --exp-name"
-        )
-    except WorkerDied as error:
-        fail(f"{error} (see above; start the same command again to go on)")
+            envs = gym.vector.SyncVectorEnv(makers)
+        signal.signal(signal.SIGTERM, on_signal)  # after the fork: it ends those processes
+        env, device = AgentEnv(args), torch.device("cuda" if args.cuda else "cpu")
+        args.action_repeat, args.max_episode_steps = env.action_repeat, env.limit
+        if args.cuda:
+            torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up
+        dims = env.observation_space.shape[0], env.action_space.shape[0]
+        agent, rb = Agent(args, *dims, device), ReplayBuffer(args, *dims, device)
+        print_table(args, agent, rb)
+        if args.dry_run:
+            return 0
+        if saved:
+            agent.load_state_dict(saved["agent"], strict=False)  # agent.pt holds no target networks
+            seeds = episode_seeds(args.seed, 2, count=args.eval_episodes)
+            returns = evaluate(agent, envs, seeds, [], Path(args.eval_only, "videos", "eval_only.mp4"))
+            print(f"agent step {saved['run']['step']:,}: {returns.mean():.1f} +- {returns.std():.1f}", returns.round(1))
+            return 0
+        run_dir, checkpoint = open_run(args)
+    except (ValueError, RuntimeError, FloatingPointError, gym.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
-        fail(f"cannot write to {run_dir} ({error}); free some space and start the same command again")
-    bar.close()
+        sys.exit(f"error: cannot write to {args.runs_dir} ({error}); choose another folder with --runs-dir")
+    obs, run = None, SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={})
+    exploration = torch.Generator().manual_seed(args.seed)
+    generators = [torch.default_generator, *torch.cuda.default_generators, agent.generator, rb.generator, exploration]
+    parts = {"agent": agent, "replay_buffer": rb}
+    parts |= {f"{name} optimizer": optimizer for name, optimizer in agent.optimizers.items()}
+    parts |= {f"{name} sparsifier": sparsifier for name, sparsifier in agent.sparsifiers.items()}
+    try:
+        if checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            for generator, state in zip(generators, checkpoint["generators"], strict=True):
+                generator.set_state(state)
+            vars(run).update(checkpoint["run"])
+            print(f"resuming {run_dir} at agent step {run.step:,}")
+        if run.actions:  # with its seed, they restore the running episode
+            obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
+            for action in run.actions:
+                obs, *_ = env.step(np.array(action, np.float32))
+            if obs.tolist() != checkpoint["obs"]:  # of the environments tried, only BipedalWalker-v3
+                print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
+                run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
+        if args.track:
+            import_module("wandb").init(
+                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
+                config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
+            )  # fmt: skip
+        writer = SummaryWriter(run_dir, purge_step=run.step + 1 if checkpoint else None)
+        if not checkpoint:
+            rows = (f"|{name}|{value}|" for name, value in asdict(args).items())
+            writer.add_text("hyperparameters", "\n".join(("|param|value|", "|-|-|", *rows)))
+        del checkpoint  # its replay buffer may be large
+        start = time.time() - run.wall_seconds
+        bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None)
+        while True:
+            run.wall_seconds = time.time() - start
+            if stop or (run.step and run.step % args.checkpoint_interval == 0):
+                writer.flush()
+                state = {"args": asdict(args), "run": vars(run), "obs": obs.tolist() if run.actions else None}
+                state |= {name: part.state_dict() for name, part in parts.items()}
+                state["generators"] = [generator.get_state() for generator in generators]
+                state["files"] = {path.name: path.stat().st_size for path in run_dir.iterdir()}
+                save(run_dir / "checkpoint.pt", state)
+            if stop:
+                print(f"stopped at agent step {run.step:,}; start the same command again to go on")
+                return 75  # EX_TEMPFAIL
+            if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
+                seeds = episode_seeds(args.seed, 1, run.step, count=args.eval_episodes)
+                returns = evaluate(agent, envs, seeds, stop, run_dir / "videos" / f"agent_step_{run.step}.mp4")
+                if returns is None:  # a signal came
+                    continue
+                mean, std, seconds = returns.mean(), returns.std(), round(run.wall_seconds, 1)
+                with open(run_dir / "eval.csv", "a") as file:
+                    if file.tell() == 0:
+                        file.write("agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n")
+                    file.write(f"{run.step},{run.step * args.action_repeat},{mean},{std},{len(returns)},{seconds}\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+                for name, sparsifier in agent.sparsifiers.items():
+                    scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
+                scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, run.step)
+                speed = run.step / run.wall_seconds
+                left = f"{(args.total_timesteps - run.step) / speed / 3600:.2f} h left" if run.step else ""
+                tqdm.write(f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left}")
+            if run.step == args.total_timesteps:
+                break
+
+            if not run.actions:
+                obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
+                rb.start_episode(obs)
+            agent.eval()
+            action = agent.explore(obs, run.step < args.learning_starts, exploration)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            rb.add(action, reward, obs, terminated)
+            run.actions.append(action.tolist())
+            run.step, run.episode_return = run.step + 1, run.episode_return + reward
+            if terminated or truncated:
+                writer.add_scalar("charts/episodic_return", run.episode_return, run.step)
+                writer.add_scalar("charts/episodic_length", len(run.actions), run.step)
+                run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
+            if run.step >= args.learning_starts:
+                agent.train()
+                metrics = agent.train_step(rb)
+                run.metrics |= zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)
+                if broken := [f"{name} is {value}" for name, value in run.metrics.items() if not math.isfinite(value)]:
+                    raise FloatingPointError(f"{broken[0]}; a lower learning rate or LayerNorm may help")
+                if run.step % args.log_interval == 0:
+                    for name, value in {**run.metrics, "charts/SPS": run.step / (time.time() - start)}.items():
+                        writer.add_scalar(name, value, run.step)
+            bar.update()
+        writer.close()
+        weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
+        masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifiers.items()}
+        save(run_dir / "agent.pt", {"args": asdict(args), "run": vars(run), "agent": weights, "masks": masks})
+        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+    except (FloatingPointError, gym.error.Error, ImportError) as error:
+        sys.exit(f"error: {error} ({args.env_id}, agent step {run.step:,}); {run_dir} keeps its last good checkpoint")
+    except OSError as error:
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space and start the same command again")
     print(f"finished: results in {run_dir}")
     return 0
-
-
-def play(args: Args) -> int:
-    """Play a saved agent and print its returns. Returns the exit code."""
-    path = Path(args.eval_only)
-    path = path / "agent.pt" if path.is_dir() else path
-    if not path.exists():
-        fail(f"{path} does not exist: --eval-only takes a run directory or the agent.pt of a finished run", 2)
-    saved = load(path, "args", "modules")
-    if saved["args"].keys() != asdict(args).keys():
-        fail(f"{path} is of another script, or of another version of this one: play it with that one", 2)
-    trained = Args(**saved["args"])
-    device = set_up(args)
-    try:
-        choose_mujoco_gl(trained.env_id, args.capture_video)
-        env = make_env(trained.env_id, args.seed, trained.action_repeat)
-        envs = make_evaluation_envs(args, trained.env_id, trained.action_repeat)
-    except (ValueError, RuntimeError) as error:
-        fail(str(error), 2)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = make_agent(trained, obs_dim, action_dim, device)
-    agent.load_policy_state_dict(saved)
-    frames = [] if args.capture_video else None
-    seeds = [episode_seed(args.seed, 2, i) for i in range(args.eval_episodes)]
-    try:
-        *_, returns = evaluate(agent, envs, seeds, frames)
-    except (FloatingPointError, WorkerDied) as error:
-        fail(f"{error}")
-    for i, value in enumerate(returns):
-        print(f"episode {i + 1}: return {value:.1f}")
-    print(f"{trained.env_id}: mean {returns.mean():.1f}, standard deviation {returns.std():.1f}")
-    if frames:
-        write_video(path.parent / "videos" / "eval_only.mp4", frames)
-    return 0
-
-
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    validate(args)
-    return play(args) if args.eval_only else train(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Sparse training for any `nn.Module` and torch optimizer: SST, DST (RigL or SET), S2D and D2S.
+"""Sparse training of any module's Linear and convolution weights: SST, DST (RigL or SET), S2D and D2S.
 
-Reference implementation of the training regimes of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep
-Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to import or to copy: it needs torch alone.
+The training regimes of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
+2510.12096, section 2.1 and appendix B.1; "eq." and "sec." below), to import or to copy: it needs torch alone.
 
     sparsifier = Sparsifier(critic, optimizer, regime="dst", sparsity=0.6, total_updates=500_000)
     ...
@@ -10,16 +10,16 @@ Reinforcement Learning" (arXiv 2510.12096, section 2.1 and appendix B.1), to imp
     optimizer.step()
 
 A weight outside the mask is exactly 0, and so are its gradient and its optimizer state: nothing is multiplied in the
-forward pass. Weights, masks and optimizer state are changed in place, never replaced, as `torch.compile` and CUDA
-graphs need it.
+forward pass. Weights, masks and optimizer state are changed in place, as `torch.compile` and CUDA graphs need it.
 
 Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Communications 9:2383), gradual pruning
 (Zhu & Gupta, arXiv 1710.01878), ER (SET), effective rank (Kumar et al., arXiv 2010.14498), dormant neurons (Sokar et
-al., arXiv 2302.12902). "Eq." and "sec." refer to arXiv 2510.12096.
+al., arXiv 2302.12902).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,18 +28,20 @@ from torch import Tensor, nn
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 DISTRIBUTIONS = ("er", "uniform", "uniform-dense-output")
-GROWTHS = ("rigl", "set")
+MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NOT_ELEMENT_WISE = {"LBFGS", "Muon", "Shampoo", "SOAP"}  # an update mixes a layer's weights: masked ones would move
 
 
-# Layer-wise sparsities (sec. B.1.1) ---------------------------------------------------------------------------------
+# Layer-wise sparsities and schedules (sec. B.1.1 to B.1.3) ----------------------------------------------------------
 
 
 def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
 
-    eps is such that the layers hold as many zeros together as with `uniform_sparsities`, the sum of floor(sparsity *
-    size), for a sparsity in [0, 1). While the largest density would pass 1, every layer at that maximum becomes dense
-    and eps is solved again for the others. Source: SET, RigL, sec. B.1.1.
+    The dimensions are those of the weight, a convolution's kernel included. eps is such that the layers hold as many
+    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size), for a sparsity in [0, 1). While the
+    largest density would pass 1, every layer at that maximum becomes dense and eps is solved again for the others.
+    Source: SET, RigL, sec. B.1.1.
     """
     _check_sparsity(sparsity)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -76,14 +78,8 @@ def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float)
     n_zeros = sum(math.floor(sparsity * n) for n in size.values())
     n_rest = sum(n for name, n in size.items() if name not in heads)
     if n_zeros >= n_rest:
-        raise ValueError(
-            f"with a dense output layer, {n_zeros} zeros do not fit the {n_rest} weights of the other layers: write a "
-            'sparsity below that or distribution="uniform"'
-        )
+        raise ValueError(f"{n_zeros} zeros do not fit the {n_rest} weights before the output: write a lower sparsity")
     return {name: 0.0 if name in heads else n_zeros / n_rest for name in shapes}
-
-
-# Schedules (sec. B.1.2, B.1.3) --------------------------------------------------------------------------------------
 
 
 def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: float = 0.0) -> float:
@@ -124,6 +120,27 @@ def random_mask(shape: tuple[int, ...], sparsity: float, generator: torch.Genera
     return mask.view(shape)
 
 
+def grow_by_gradient(free: Tensor, n_grow: int, dense_grad: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """RigL: the `n_grow` connections of `free` with the largest |gradient|; equal ones: the lowest index first."""
+    if dense_grad is None or dense_grad.shape != free.shape:
+        raise ValueError("dense_grad must have one shape with mask: call step() after backward(), before zero_grad()")
+    return _lowest(-dense_grad.abs(), free, n_grow)
+
+
+def grow_at_random(free: Tensor, n_grow: int, dense_grad: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """SET: `n_grow` uniformly random connections of `free`."""
+    if generator is None:
+        raise ValueError('growth="set" draws random connections: pass generator=torch.Generator().manual_seed(seed)')
+    indices = free.flatten().nonzero().squeeze(1)
+    order = torch.randperm(indices.numel(), generator=generator, device=generator.device)
+    grown = torch.zeros_like(free).flatten()
+    grown[indices[order[:n_grow].to(free.device)]] = True
+    return grown.view(free.shape)
+
+
+GROWTHS = {"rigl": grow_by_gradient, "set": grow_at_random}  # a further rule: one such function and its entry here
+
+
 @torch.no_grad()
 def prune_and_grow(
     weight: Tensor,
@@ -136,44 +153,24 @@ def prune_and_grow(
 ) -> tuple[Tensor, Tensor]:
     """One topology update of one layer: drop the smallest weights, then grow connections. Changes nothing in place.
 
-    Drops the `n_drop` active weights of smallest magnitude. Then grows `n_grow` among everything that is not kept,
-    just-dropped connections included: those of largest |gradient| (`growth="rigl"`, algorithm 1) or uniformly random
-    ones from `generator` (`growth="set"`). Equal scores: the lowest index first.
+    Drops the `n_drop` active weights of smallest magnitude, in [0, active connections]; equal ones: the lowest index
+    first. Then grows `n_grow` of those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl"
+    (algorithm 1) by `dense_grad`, the gradient of the unmasked weight, or "set" with the random `generator`. `weight`,
+    the boolean `mask` (True where active) and `dense_grad` have the same shape.
 
-    Args:
-        weight, mask, dense_grad: same shape; `mask` is boolean, True where a connection is active. `dense_grad` is the
-            gradient of the unmasked weight ("set" does not read it).
-        n_drop: in [0, active connections].
-        n_grow: in [0, connections that are not kept].
-
-    Returns:
-        (new_mask, newly_grown): booleans of the same shape. `newly_grown` marks what `mask` did not hold: a dropped
-        and regrown connection is not in it.
-
-    Raises:
-        ValueError: unknown growth, unequal shapes, counts out of range, NaN in the scores, "set" without a generator.
+    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: a dropped and
+    regrown connection is not in it. Raises ValueError for an unknown growth, unequal shapes, counts out of range, NaN
+    in the scores, or if the rule lacks what it reads.
     """
     _check_choice("growth", growth, GROWTHS)
     n_active = int(mask.count_nonzero())
     n_free = mask.numel() - n_active + n_drop  # everything not kept
     if not (0 <= n_drop <= n_active and 0 <= n_grow <= n_free):
-        raise ValueError(
-            f"n_drop={n_drop}, n_grow={n_grow} with {n_active} of {mask.numel()} connections active: "
-            f"write 0 <= n_drop <= {n_active} and 0 <= n_grow <= {n_free}"
-        )
-    if weight.shape != mask.shape or (growth == "rigl" and (dense_grad is None or dense_grad.shape != mask.shape)):
-        raise ValueError("weight, mask and (for rigl) dense_grad must have one shape")
+        raise ValueError(f"n_drop={n_drop}, n_grow={n_grow}: write at most {n_active} and {n_free}, and at least 0")
+    if weight.shape != mask.shape:
+        raise ValueError("weight and mask must have one shape")
     kept = mask & ~_lowest(weight.abs(), mask, n_drop)
-    if growth == "rigl":
-        grown = _lowest(-dense_grad.abs(), ~kept, n_grow)
-    elif generator is None:
-        raise ValueError('growth="set" draws random connections: pass generator=torch.Generator().manual_seed(seed)')
-    else:
-        free = (~kept).flatten().nonzero().squeeze(1)
-        order = torch.randperm(free.numel(), generator=generator, device=generator.device)
-        grown = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-        grown[free[order[:n_grow].to(free.device)]] = True
-        grown = grown.view(mask.shape)
+    grown = GROWTHS[growth](~kept, n_grow, dense_grad, generator)
     return kept | grown, grown & ~mask
 
 
@@ -199,45 +196,49 @@ def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 
 class Sparsifier:
-    """Sparse training of the Linear weights of one module: masks them at once, then at every `step()`.
+    """Sparse training of the Linear and convolution weights of one module: masks them at once, then at every `step()`.
 
     Regimes: "dense" (does nothing), "sst" (static random mask), "dst" (constant sparsity, moving topology), "s2d"
     (`sparsity` -> 0) and "d2s" (0 -> `sparsity`). The last three update their topology every `update_interval` steps:
     floor(zeta * active) connections of a layer are dropped and as many grown, zeta by eq. 1; d2s drops and s2d grows
     as many more as the sparsity of eq. 2 asks for.
 
-    Build it before loading a checkpoint: it zeroes weights. Masks live on the device that the weights are on now.
+    Building it zeroes what its new random masks zero, in trained weights and optimizer state as well. To go on with a
+    sparse module: build, then load the states of module, optimizer and sparsifier. Masks stay on the weights' device.
 
     Args:
-        module: its `nn.Linear` weights are masked, each once if shared; biases, norms, reparametrized weights
-            (`torch.nn.utils.parametrizations`) and all else stay dense.
-        optimizer: any element-wise one of torch; it must hold these weights. Each of its state tensors that has the
-            shape of a weight (moments, momentum) is set to 0 where a connection is dropped or grown.
+        module: the weights of its `nn.Linear` and `nn.Conv1d/2d/3d` are masked, each once if shared. Biases, norms,
+            reparametrized (`torch.nn.utils.parametrizations`), frozen and empty weights and all else stay dense.
+        optimizer: any element-wise one of torch that holds these weights. What of its state has the shape of a weight
+            (moments, momentum) is set to 0 where a connection is dropped or grown.
         sparsity: share of zeros in [0, 1), over the masked weights together.
         distribution: "er", "uniform" or "uniform-dense-output", how the layers share `sparsity`.
         growth: "rigl" (largest gradient) or "set" (random).
         update_interval: steps between topology updates.
         drop_fraction, final_drop_fraction: zeta of eq. 1 at the start and after `total_updates`, in [0, 1].
         total_updates: planned number of `step()` calls; the schedules are relative to it.
-        seed: of the masks and of random growth. The masks do not depend on the device.
+        seed: of masks and random growth, on any device. Modules of the same shapes get the same masks from one seed.
+        include: names of further parameters, or ends of names: "in_proj_weight" is that of every attention.
         exclude: names of submodules that stay dense.
         schedule_start, schedule_end: window of eq. 2 as fractions of `total_updates`, for "d2s" (default 0.2 to 0.8,
             Obando-Ceron et al. 2024) and "s2d" (default 0 to 1).
         power: lambda of eq. 2.
 
     Attributes:
-        masks: boolean tensors by parameter name, True where active; empty for "dense".
+        masks: boolean tensors by parameter name (that without wrappers), True where active; empty for "dense".
+        optimizer: as above. Assign the new one wherever it is made anew.
         updates: the clock, number of steps so far.
         topology_updates: number of topology updates so far.
         replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
             do not count), as a share of all active after it; 0.0 before the first.
 
-    Raises:
-        ValueError: for arguments out of range, and the message says what to write instead.
+    Raises ValueError for arguments out of range and for a weight that has a Sparsifier already.
     """
 
     SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
     SETTINGS += ("final_drop_fraction", "total_updates", "schedule_start", "schedule_end", "power")
+    COUNTERS = ("updates", "topology_updates", "replaced", "pending")
+    _of_weight = weakref.WeakValueDictionary()  # the living Sparsifiers by id of each weight that they mask
 
     @torch.no_grad()
     def __init__(
@@ -254,6 +255,7 @@ class Sparsifier:
         final_drop_fraction: float = 0.0,
         total_updates: int,
         seed: int = 0,
+        include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         schedule_start: float | None = None,
         schedule_end: float | None = None,
@@ -274,57 +276,73 @@ class Sparsifier:
         end = default_end if schedule_end is None else schedule_end
         if not 0 <= start < end <= 1:
             raise ValueError(f"schedule window {start} to {end}: write 0 <= schedule_start < schedule_end <= 1")
-        if type(optimizer).__name__ in ("Muon", "LBFGS"):  # their updates would move masked weights
-            raise ValueError(f"{type(optimizer).__name__} is not element-wise: write an optimizer that is, like AdamW")
-        self.weights = _linear_weights(module, exclude)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, weight in self.weights.items() if id(weight) not in held]
-        if missing:
-            raise ValueError(f"the optimizer does not hold {missing}: build it from this module's parameters()")
 
         self.regime, self.target_sparsity, self.distribution, self.growth = regime, sparsity, distribution, growth
         self.update_interval, self.total_updates = update_interval, total_updates
         self.initial_drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
         self.schedule_start, self.schedule_end, self.power = start, end, power
-        self.optimizer = optimizer
         self.generator = torch.Generator().manual_seed(seed)
-        self.updates = 0
-        self.topology_updates = 0
+        self.updates = self.topology_updates = 0
         self.replaced = 0.0
+        self.pending = False  # a topology update waits for finite gradients
+        self.checked = False  # the weights, since they were masked or a state was loaded
+        self.module = module
+        self.weights = _weights_to_mask(module, include, exclude)
         self.masks: dict[str, Tensor] = {}
+        self.optimizer = optimizer
         if regime == "dense":
             return
+        taken = [name for name, weight in self.weights.items() if id(weight) in self._of_weight]
+        if taken:
+            raise ValueError(f"another Sparsifier masks {taken}: exclude them here, or delete that one first")
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         solve = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}.get(distribution, uniform_dense_output)
-        self.layer_sparsities = solve({name: tuple(w.shape) for name, w in self.weights.items()}, sparsity)
+        self.layer_sparsities = solve(shapes, sparsity)
         for name, weight in self.weights.items():
-            mask = random_mask(tuple(weight.shape), self._layer_sparsity(name), self.generator)
+            mask = random_mask(shapes[name], self._layer_sparsity(name), self.generator)
             self.masks[name] = mask.to(weight.device)
             self._clear(name, keep=self.masks[name])
+            self._of_weight[id(weight)] = self
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if NOT_ELEMENT_WISE & {base.__name__ for base in type(optimizer).__mro__}:
+            raise ValueError(f"{type(optimizer).__name__} is not element-wise: write an optimizer that is, like AdamW")
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, weight in self.weights.items() if id(weight) not in held]
+        if missing:
+            raise ValueError(f"the optimizer does not hold {missing}: build it from this module's parameters()")
+        self._optimizer = optimizer
 
     @property
     def topology_update_due(self) -> bool:
-        """Whether the next `step()` updates the topology."""
-        return self.regime in ("dst", "s2d", "d2s") and (self.updates + 1) % self.update_interval == 0
-
-    def step(self) -> None:
-        """Advance the clock, update the topology if due, mask the gradients: `advance()` and `mask_gradients()`.
-
-        Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
-        update reads the gradients as they are: they must come from this module's own loss alone.
-        """
-        self.advance()
-        self.mask_gradients()
-
-    def advance(self) -> None:
-        """Advance the clock and update the topology if due: the half of `step()` that a CUDA graph cannot hold."""
-        due = self.topology_update_due
-        self.updates += 1
-        if due:
-            self._update_topology()
+        """Whether the next `step()` updates the topology, if the gradients are finite."""
+        due = self.pending or (self.updates + 1) % self.update_interval == 0
+        return due and self.regime in ("dst", "s2d", "d2s")
 
     @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Zero the gradients outside the masks, in place: the half of `step()` without a host sync."""
+    def step(self) -> None:
+        """Advance the clock, update the topology if due, zero the gradients outside the masks. All in place.
+
+        Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
+        update reads the gradients as they are: they must come from this module's own loss alone. It waits for the next
+        step with finite gradients in the whole optimizer. If there are none for the growth rule: ValueError.
+
+        At the first step and at multiples of `update_interval` it checks the weights: ValueError, before anything
+        changes, if one is not 0 outside its mask, is not finite or has left the module. Other steps do no host sync.
+        """
+        due = self.topology_update_due
+        check = due or not self.checked or (self.updates + 1) % self.update_interval == 0
+        if check and self.masks and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            self.checked = self._check()
+        self.pending = due and not self.checked
+        self.updates += 1
+        if due and not self.pending:
+            self._update_topology()
         for name, mask in self.masks.items():
             grad = self.weights[name].grad
             if grad is not None:
@@ -334,21 +352,31 @@ class Sparsifier:
     def apply_to(self, target_module: nn.Module) -> None:
         """Zero in `target_module` what the masks zero, in place: for target networks after a Polyak update.
 
+        On the own module it zeroes the optimizer's state as well: the repair after something else changed its weights.
         Raises ValueError if the target lacks a masked parameter or has it in another shape.
         """
-        parameters = dict(target_module.named_parameters())
+        parameters = _parameters(target_module)
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise ValueError(f"the target has no {name} of shape {tuple(mask.shape)}: pass a copy of the module")
         for name, mask in self.masks.items():
             _mask_(parameters[name], mask)
+            if parameters[name] is self.weights[name]:
+                self._clear(name, keep=mask)
 
     def sparsity(self) -> float:
         """Measured share of zeros over all masks; 0.0 for "dense"."""
-        if not self.masks:
-            return 0.0
         size = sum(mask.numel() for mask in self.masks.values())
-        return (size - self._active()) / size
+        return (size - self._active()) / size if size else 0.0
+
+    def statistics(self) -> dict[str, float]:
+        """What is worth logging: measured sparsity, topology updates so far, share of connections the last replaced."""
+        return {"sparsity": self.sparsity(), "topology_updates": self.topology_updates, "replaced": self.replaced}
+
+    def coverage(self) -> float:
+        """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
+        size = sum(mask.numel() for mask in self.masks.values())
+        return size / sum(parameter.numel() for parameter in self.module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
@@ -356,9 +384,7 @@ class Sparsifier:
             "settings": {name: getattr(self, name) for name in self.SETTINGS},
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "generator": self.generator.get_state(),
-            "updates": self.updates,
-            "topology_updates": self.topology_updates,
-            "replaced": self.replaced,
+            **{name: getattr(self, name) for name in self.COUNTERS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -377,8 +403,9 @@ class Sparsifier:
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
         self.generator.set_state(state["generator"].cpu())
-        self.updates, self.topology_updates = state["updates"], state["topology_updates"]
-        self.replaced = state["replaced"]
+        for name in self.COUNTERS:
+            setattr(self, name, state.get(name, False))  # older states lack `pending`
+        self.checked = False
 
     def _layer_sparsity(self, name: str) -> float:
         """A layer's target sparsity now: under a schedule, its share of the module's times eq. 2."""
@@ -391,24 +418,42 @@ class Sparsifier:
         # The layer's share first: where it is 1, floor() sees eq. 2 to the last bit.
         return sparsity if scheduled == self.target_sparsity else scheduled * (sparsity / self.target_sparsity)
 
+    def _check(self) -> bool:
+        """Whether the optimizer's gradients are finite, and if so, ValueError if a weight is not what it must be."""
+        grads = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not all(grad.isfinite().all() for grad in grads if grad is not None and not grad.is_sparse):
+            return False
+        in_module = {id(parameter) for parameter in self.module.parameters()}
+        for name, mask in self.masks.items():
+            weight = self.weights[name]
+            if id(weight) not in in_module:
+                raise ValueError(f"{name} has left the module: build a new Sparsifier where a layer is replaced")
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds NaN or inf: load module and optimizer from before")
+            moved = int(((weight != 0) & ~mask).count_nonzero())
+            if moved:
+                raise ValueError(
+                    f"{name}: {moved} weights outside the mask are not 0: call apply_to(module) after resetting layers "
+                    "or loading weights, assign sparsifier.optimizer where it is made anew, use an element-wise one"
+                )
+        return True
+
     @torch.no_grad()
     def _update_topology(self) -> None:
         """Algorithm 1 on every masked layer, with the counts of sec. B.1.3 for the regimes with a schedule."""
-        if self.growth == "rigl" and all(weight.grad is None for weight in self.weights.values()):
-            raise ValueError("no gradients to grow from: call step() after backward() and before zero_grad()")
         zeta = drop_fraction(self.updates, self.total_updates, self.initial_drop_fraction, self.final_drop_fraction)
+        after_backward = any(weight.grad is not None for weight in self.weights.values())
         n_new = 0
         for name, mask in self.masks.items():
             weight = self.weights[name]
             active = int(mask.count_nonzero())
             target = weight.numel() - math.floor(self._layer_sparsity(name) * weight.numel())
-            if active == target == weight.numel() or (self.growth == "rigl" and weight.grad is None):
-                continue  # dense before and after: all that is dropped would regrow; or nothing to rank
+            if active == target == weight.numel() or (after_backward and weight.grad is None):
+                continue  # dense before and after: all that is dropped would regrow; or not trained in this step
             k = min(math.floor(zeta * active), target)  # a layer cannot regrow more than it will hold
             n_drop, n_grow = k + max(active - target, 0), k + max(target - active, 0)
-            new_mask, newly_grown = prune_and_grow(
-                weight, mask, weight.grad, n_drop, n_grow, self.growth, self.generator
-            )
+            scores = (weight, mask, weight.grad)
+            new_mask, newly_grown = prune_and_grow(*scores, n_drop, n_grow, self.growth, self.generator)
             self._clear(name, keep=mask & new_mask)  # a newly grown weight starts at 0, without moments
             mask.copy_(new_mask)
             n_new += int(newly_grown.count_nonzero())
@@ -419,10 +464,10 @@ class Sparsifier:
         return int(sum(mask.count_nonzero() for mask in self.masks.values()))
 
     def _clear(self, name: str, keep: Tensor) -> None:
-        """Set a weight and its optimizer state (moments, momentum) to 0 outside `keep`, in place."""
+        """Set a weight and its optimizer state (moments, momentum; not Rprop's step sizes) to 0 outside `keep`."""
         weight = self.weights[name]
-        for tensor in (weight, *self.optimizer.state.get(weight, {}).values()):
-            if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+        for key, tensor in [("weight", weight), *self.optimizer.state.get(weight, {}).items()]:
+            if torch.is_tensor(tensor) and tensor.shape == weight.shape and key != "step_size":
                 _mask_(tensor, keep)
 
 
@@ -436,23 +481,37 @@ def _mask_(tensor: Tensor, mask: Tensor) -> None:
         part.mul_(of_mask)
 
 
-def _linear_weights(module: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The module's Linear weights outside the excluded submodules, each once, by parameter name."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    unknown = [name for name in exclude if name not in modules]
-    if unknown:
-        raise ValueError(f"exclude names no submodule {unknown}: write names from named_modules() in a list")
-    excluded = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
-    linear = {id(layer.weight) for layer in modules.values() if isinstance(layer, nn.Linear)} - excluded
-    weights = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in linear}
+def _plain(name: str) -> str:
+    """A name without the parts that `torch.compile`, DataParallel, DDP and AveragedModel put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's parameters, each once, by plain name; by full name if two would be called the same."""
+    named = dict(module.named_parameters())
+    plain = {_plain(name): parameter for name, parameter in named.items()}
+    return plain if len(plain) == len(named) else named
+
+
+def _weights_to_mask(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """What is masked, by name: weights of `MASKED_LAYERS` and included ones, but not excluded, frozen or empty ones."""
+    named = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False) if p.ndim]
+    included = {wanted: {id(p) for name, p in named if f".{name}".endswith(f".{_plain(wanted)}")} for wanted in include}
+    excluded = {wanted: {id(p) for name, p in named if name.startswith(f"{_plain(wanted)}.")} for wanted in exclude}
+    for argument, what, found in (("include", "parameter", included), ("exclude", "submodule", excluded)):
+        unknown = [wanted for wanted, ids in found.items() if not ids]
+        if unknown:
+            raise ValueError(f"{argument} names no {what} {unknown}: write names as in named_{what}s() in a list")
+    layers = [layer for layer in module.modules() if isinstance(layer, MASKED_LAYERS)]
+    chosen = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+    chosen = chosen.union(*included.values()).difference(*excluded.values())
+    weights = {n: p for n, p in _parameters(module).items() if id(p) in chosen and p.requires_grad and p.numel()}
     if not weights:
-        raise ValueError(
-            "the module has no nn.Linear weights to mask: pass one that has, or write no Sparsifier for it"
-        )
+        raise ValueError("the module has no nn.Linear weights and no convolutions to mask: name others with include=")
     return weights
 
 
-def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}: write one of {', '.join(choices)}")
 

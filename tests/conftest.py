@@ -30,7 +30,7 @@ SCRIPTS = ["mst_mrq"]
 TINY = shlex.split(
     "--env cartpole-swingup --action-repeat 10 --no-cuda --width-scale 0.03 --total-timesteps 130 "
     "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
-    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20 --eval-workers 0"
+    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20"
 )
 ENCODER = ["--target-network-frequency", "20"]  # of the scripts with an encoder
 
@@ -117,13 +117,21 @@ def signal_at(module, name: str, call: int, number: int) -> None:
     setattr(owner, name, counted)
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    """Parameters and buffers that are made here have this type."""
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 class FixedBatch:
-    """A replay buffer that draws `batch` alone. Use: `agent.updates.run(name, agent, FixedBatch(batch))`."""
+    """A replay buffer that draws `batch` alone."""
 
     def __init__(self, batch):
-        self.batch, self.device, self.priority = batch, batch.obs.device, None
+        self.batch, self.priority = batch, None
 
-    def sample(self, batch_size: int, device: torch.device | str):
+    def sample(self, batch_size: int):
         return self.batch
 
     def update_priority(self, index: torch.Tensor, priority: torch.Tensor) -> None:
