@@ -13,6 +13,7 @@ holds no data.
 import functools
 import importlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -289,8 +290,9 @@ def size(script: str, args: dict) -> dict[str, float]:
 def _dimensions(script: str, env_id: str) -> tuple[int, int] | None:
     """Sizes of observation and action, None if the environment cannot be made."""
     module = importlib.import_module(script)
+    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn
     try:
-        env = module.make_env(module.Args(env_id=env_id))
+        env = module.AgentEnv(module.Args(env_id=env_id))
     except ValueError:
         return None
     env.close()
