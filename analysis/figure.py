@@ -558,7 +558,8 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
             axes[2].plot([point.sparse_flops / 1e6, point.flops / 1e6], [y, y], color=style.color, linewidth=0.6)
             axes[2].plot(point.flops / 1e6, y, **drawn | {"marker": "|"})
             axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
-        labels = (f"Wall-clock time ({unit})", "Peak memory (GiB)", "MFLOPs per sample")
+        memory = "Peak memory (GiB)" if table["gib"].notna().any() else "Peak memory: not logged"
+        labels = (f"Wall-clock time ({unit})", memory, "MFLOPs per sample")
         for ax, label in zip(axes, labels, strict=True):
             ax.set_xlabel(label)
             ax.set_xlim(0, 1.06 * ax.get_xlim()[1])
