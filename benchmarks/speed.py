@@ -3,7 +3,7 @@
     python benchmarks/speed.py --csv speed.csv                                    # all scripts at scales 1, 3 and 5
     python benchmarks/speed.py --scripts mst_sac --scales 1 --modes eager --against ../another-checkout
     python benchmarks/speed.py --scripts mst_mrq --scales 1 --modes eager --processes 1 2 4 8
-    python benchmarks/speed.py --show speed.csv                                       # the table of an earlier measurement
+    python benchmarks/speed.py --show speed.csv                                   # the table of an earlier measurement
 
 Every mode of a script is a process of its own, with MST's regimes on dog-run. They all start together and then work in
 turns, so that a busy machine slows all of them. Measured are the milliseconds of each update, the agent steps per
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg")
 CUDA = torch.cuda.is_available()
-MODES = ("eager", "compile", *(("graphs", "compile+graphs") if CUDA else ()), "products")
+MODES = ("eager", "compile", "graphs", "compile+graphs", "products")
 
 
 # IN A PROCESS OF ITS OWN
@@ -136,8 +136,7 @@ def work(root: str, script: str, scale: str, mode: str, period: str) -> None:
         held = [*agent.state_dict().values(), *(p.grad for p in agent.parameters() if p.grad is not None)]
         held += [x for optimizer in agent.optimizers.values() for s in optimizer.state.values() for x in s.values()]
         held += [mask for sparsifier in agent.sparsifiers.values() for mask in sparsifier.masks.values()]
-        storage = rb.storage.nbytes if CUDA else 600 * rb.storage[0].nbytes  # main memory holds what was written
-        return peak / 2**30, (sum(x.nbytes for x in held) + storage) / 2**30
+        return peak / 2**30, (sum(x.nbytes for x in held) + rb.storage.nbytes) / 2**30
 
     print(json.dumps(list(ways)), file=answers, flush=True)
     for line in sys.stdin:
@@ -192,13 +191,11 @@ def in_turns(flags, script: str, scale: float, report: Callable) -> None:
             for what, times in whats.items():
                 workers[mode].ask(what, times)
                 values.setdefault((what, mode), []).append(workers[mode].answer() / times)
-    for (what, mode), seconds in values.items():
-        if what == "agent step":
-            report(script, scale, mode, "training loop", "steps/s", [1 / x for x in seconds])
-        else:
-            report(script, scale, mode, what, "ms", [1000 * x for x in seconds[1:]])  # the first turn warms up
     for mode, worker in workers.items():
+        for name in names:
+            report(script, scale, mode, name, "ms", [1000 * x for x in values[name, mode][1:]])  # the first warms up
         if mode.split()[0] != "products":
+            report(script, scale, mode, "training loop", "steps/s", [1 / x for x in values["agent step", mode]])
             worker.ask("memory")
             for what, gib in zip(("peak memory", "of it must be held"), worker.answer(), strict=True):
                 report(script, scale, mode, what, "GiB", [gib])
@@ -230,6 +227,7 @@ def show(rows: list[dict]) -> None:
     table: dict[tuple, dict] = {}
     for row in rows:
         table.setdefault((row["script"], row["scale"], row["what"], row["unit"]), {})[row["mode"]] = row["median"]
+    print(*(f"{row['device']} with {row['cpu']}, torch {row['torch']}, {row['date']}" for row in rows[-1:]))
     print(f"{'script':<10}{'scale':>6}  {'':<32}{'':<8}", *(f"{mode:>15}" for mode in modes), sep="")
     for (script, scale, what, unit), medians in table.items():
         print(
@@ -267,6 +265,7 @@ if __name__ == "__main__":
     flags = parser.parse_args()
     if flags.show:
         sys.exit(show(list(csv.DictReader(flags.show.open(newline="")))))
+    flags.modes = [mode for mode in flags.modes if CUDA or "graphs" not in mode]
     rows = []
 
     def report(script: str, scale: float, mode: str, what: str, unit: str, values: list[float]) -> None:
