@@ -1,4 +1,4 @@
-"""What environments and users really do: either it works, or one line says what is wrong before it does harm."""
+"""What environments and users really do: it works, or one line says what is wrong before it does harm."""
 
 import importlib
 import os
@@ -19,8 +19,7 @@ from mst_sac import AgentEnv, Args
 
 SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
 IN_ALL = pytest.mark.parametrize("script", SCRIPTS)
-NAN, INF = float("nan"), float("inf")
-ID = "test_boundary:Tiny-v0"
+ID, NAN, INF = "test_boundary:Tiny-v0", float("nan"), float("inf")
 
 
 class Tiny(gym.Env):
@@ -57,43 +56,35 @@ def make(flags=(), **parts) -> AgentEnv:
     return AgentEnv(Args(env_id=ID, **dict(flags)))
 
 
-def steps(env: AgentEnv, n: int = 3, action: float = 1.0) -> tuple:
+def third_step(env: AgentEnv, action: float = 1.0) -> tuple:
     env.reset(seed=0)
-    for _ in range(n):
-        result = env.step(np.full(env.action_space.shape, action, np.float32))
-    return result
+    return [env.step(np.full(env.action_space.shape, action, np.float32)) for _ in range(3)][-1]
 
 
 @pytest.fixture
 def run(main):
     """A short run on `ID`: 60 agent steps, of which 20 train."""
-
-    def call(*flags: str):
-        ended = main("--env", ID, "--action-repeat", "1", "--total-timesteps", "60", *flags)
-        if isinstance(ended.code, str):  # Python prints what sys.exit() got, and ends with 1
-            ended.code, ended.err = 1, f"{ended.err}{ended.code}\n"
-        return ended
-
-    return call
+    own = ["--env", ID, "--action-repeat", "1", "--max-episode-steps", "None", "--total-timesteps", "60"]
+    return lambda *flags: main(*own, *flags)
 
 
 # ACTIONS
 NO_BOX = [spaces.MultiDiscrete([2, 3]), spaces.Discrete(3), spaces.MultiBinary(2), spaces.Dict(a=Box(-1, 1, (2,)))]
-NO_REAL_BOX = [Box(0, 10, (2,), np.int64), Box(0, 255, (2,), np.uint8)]
-NO_FLAT_BOX = [Box(-1, 1, (2, 2)), Box(-1, 1, ()), Box(-1, 1, (0,))]
-NO_BOUNDED_BOX = [Box(-INF, INF, (2,)), Box(-1, INF, (2,)), Box(np.float32([-1, -INF]), np.float32([1, 1]))]
+OF_INTEGERS = [Box(0, 10, (2,), np.int64), Box(0, 255, (2,), np.uint8)]
+NOT_FLAT = [Box(-1, 1, (2, 2)), Box(-1, 1, ()), Box(-1, 1, (0,))]
+NOT_BOUNDED = [Box(-INF, INF, (2,)), Box(-1, INF, (2,)), Box(np.float32([-1, -INF]), np.float32([1, 1]))]
 
 
-@pytest.mark.parametrize("actions", [*NO_BOX, *NO_REAL_BOX, *NO_FLAT_BOX, *NO_BOUNDED_BOX], ids=str)
+@pytest.mark.parametrize("actions", [*NO_BOX, *OF_INTEGERS, *NOT_FLAT, *NOT_BOUNDED], ids=str)
 def test_actions_that_no_rescaling_serves_are_refused(actions):
-    with pytest.raises(ValueError, match="^test_boundary:Tiny-v0 has actions [^\n]* agents need a flat, bounded Box"):
+    with pytest.raises(ValueError, match=f"^{ID} has actions [^\n]*: agents need a flat, bounded Box of real numbers$"):
         make(actions=actions)
 
 
 @IN_ALL
 def test_a_run_refuses_them_before_it_starts(run, tmp_path):
     register(actions=Box(0, 10, (2,), np.int64))
-    assert_one_error(run(), 2, ID, "Box(0, 10, (2,), int64)", "agents need a flat, bounded Box of real numbers")
+    assert_one_error(run(), 2, ID, "Box(0, 10, (2,), int64)")
     assert not any(tmp_path.iterdir())
 
 
@@ -101,55 +92,45 @@ def test_a_run_refuses_them_before_it_starts(run, tmp_path):
     ("low", "high", "dtype", "action", "expected"),
     [
         ([-1, 0], [1, 0], np.float32, 0.5, [0.5, 0]),  # the second entry has one value
-        ([-1, 0], [1, 0], np.float64, -1, [-1, 0]),
         ([0, -3], [10, 5], np.float64, 0.5, [7.5, 3]),
         ([-3e38, 0], [3e38, 1], np.float32, 1, [np.float32(3e38), 1]),  # whose width is no float32
         ([2, 2], [2, 2], np.float16, 0.3, [2, 2]),
     ],
 )
 def test_actions_are_rescaled_to_the_box(low, high, dtype, action, expected):
-    env = make(actions=Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype))
-    steps(env, 1, action)
-    assert env.unwrapped.action.tolist() == expected
-    assert env.unwrapped.action.dtype == dtype
+    env = make(actions=Box(dtype(low), dtype(high), dtype=dtype))
+    third_step(env, action)
+    assert (env.unwrapped.action.tolist(), env.unwrapped.action.dtype) == (expected, dtype)
 
 
 # REWARDS AND OBSERVATIONS
-@pytest.mark.parametrize(
-    "reward", [np.array([2.0]), np.array(2.0), 2, np.float32(2), np.array([[2]]), np.int64(2)], ids=repr
-)
+@pytest.mark.parametrize("reward", [np.array([2.0]), np.array(2.0), 2, np.float32(2), np.array([[2]])], ids=repr)
 def test_any_one_number_is_a_reward(reward):
-    result = steps(make(reward=lambda env: reward))
-    assert (result[1], type(result[1])) == (2.0, float)
+    result = third_step(make(reward=lambda env: reward))[1]
+    assert (result, type(result)) == (2.0, float)
 
 
-REWARDS = [NAN, INF, -INF, np.array([1.0, 2.0]), np.array([]), np.array([NAN])]
-TYPES = pytest.mark.xfail(raises=TypeError, reason="np.isfinite knows numbers alone")
-TOO_LARGE = pytest.mark.xfail(reason="infinite in the replay buffer's float32")
+TYPES = [pytest.param(x, marks=pytest.mark.xfail(reason="np.isfinite knows numbers alone")) for x in (None, "a")]
+LARGE = pytest.param(1e39, marks=pytest.mark.xfail(reason="infinite in the replay buffer's float32"))
 
 
-@pytest.mark.parametrize(
-    "reward",
-    [*REWARDS, *(pytest.param(x, marks=TYPES) for x in (None, "a")), pytest.param(1e39, marks=TOO_LARGE)],
-    ids=repr,
-)
+@pytest.mark.parametrize("reward", [NAN, INF, -INF, np.ones(2), np.ones(0), np.array([NAN]), *TYPES, LARGE], ids=repr)
 def test_what_is_no_reward_is_refused_by_name(reward):
     with pytest.raises(gym.error.Error, match="^at step 3 of an episode, the reward is no finite number: [^\n]*$"):
-        steps(make(reward=lambda env: reward if env.t == 3 else 1.0))
+        third_step(make(reward=lambda env: reward if env.t == 3 else 1.0))
 
 
-OBSERVATIONS = [np.full(3, NAN), np.array([0, INF, 0]), np.full(3, 1e300), None]
-SHAPE = pytest.mark.xfail(reason="shape unchecked: a traceback of the vector environment")
-SHAPES = [np.zeros(2), np.zeros(4), 1.0]
+SHAPE = pytest.mark.xfail(reason="shape unchecked: a traceback from the vector environment")
+SHAPES = [pytest.param(x, marks=SHAPE) for x in (np.zeros(2), np.zeros(4), 1.0, "a")]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("obs", [*OBSERVATIONS, *(pytest.param(x, marks=SHAPE) for x in (*SHAPES, "a"))], ids=repr)
+@pytest.mark.parametrize("obs", [np.full(3, NAN), np.array([0, INF, 0]), np.full(3, 1e300), None, *SHAPES], ids=repr)
 def test_what_is_no_observation_is_refused_by_name(obs, at):
     env = make(obs=lambda env: obs if env.t == at else np.zeros(3))
     with pytest.raises(gym.error.Error, match=f"^at step {at} of an episode, the observation is not [^\n]*$"):
-        steps(env)
+        third_step(env)
 
 
 @pytest.mark.parametrize(
@@ -157,25 +138,23 @@ def test_what_is_no_observation_is_refused_by_name(obs, at):
     [
         (Box(0, 9, (2,), np.int64), np.array([3, 4]), [3, 4]),
         (Box(0, 255, (1, 2), np.uint8), np.array([[3, 4]], np.uint8), [3, 4]),
-        (Box(-1, 1, (3,), np.float64), [0.5, 0, 1], [0.5, 0, 1]),
-        (Box(-1, 1, (3,)), np.ones(3, int), [1, 1, 1]),
-        (spaces.Dict(b=Box(-1, 1, (2,)), a=Box(0, 9, (), np.int64)), {"a": 7, "b": np.ones(2)}, [7, 1, 1]),
+        (Box(-1, 1, (3,)), [0.5, 0, 1], [0.5, 0, 1]),
+        (spaces.Dict(b=Box(-1, 1, (2,)), a=Box(0, 9, (), np.int64)), {"a": 7, "b": np.ones(2)}, [1, 1, 7]),
         (spaces.Tuple([Box(-1, 1, (1,)), spaces.Discrete(3)]), (np.ones(1), 2), [1, 0, 0, 1]),
     ],
     ids=str,
 )
 def test_observations_are_flat_float32(space, obs, flat):
-    env = make(observations=space, obs=lambda env: obs)
-    result = steps(env)[0]
+    result = third_step(make(observations=space, obs=lambda env: obs))[0]
     assert (result.tolist(), result.dtype) == (flat, np.float32)
-    assert env.observation_space.contains(result)
 
 
 def test_observations_without_a_fixed_length_are_refused():
-    with pytest.raises(ValueError, match="^test_boundary:Tiny-v0 has observations Sequence[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^{ID} has observations Sequence[^\n]*$"):
         make(observations=spaces.Sequence(Box(-1, 1, (2,))))
 
 
+# An environment of the evaluation takes 8 steps until step 50, so the 45th action of one is the run's, in training
 @IN_ALL
 @pytest.mark.parametrize(
     ("parts", "named"),
@@ -184,13 +163,13 @@ def test_observations_without_a_fixed_length_are_refused():
         ({"obs": lambda env: np.full(3, NAN if env.age == 45 else 0.1)}, "the observation is not finite"),
     ],
 )
-def test_a_run_that_gets_nan_ends_in_a_line_that_names_what_where_and_when(run, parts, named):
-    register(**parts)  # the 45th action is one of the training: evaluations until then take 8
+def test_nan_of_an_environment_ends_the_run_in_a_line_that_names_what_where_and_when(run, parts, named):
+    register(**parts)
     assert_one_error(run(), 1, ID, "agent step 44", "at step 5 of an episode", named)
 
 
 @IN_ALL
-def test_an_action_is_blamed_when_the_agent_is_the_cause(run, script, monkeypatch):
+def test_an_action_is_blamed_where_the_agent_is_the_cause(run, script, monkeypatch):
     register()
     monkeypatch.setattr(importlib.import_module(script).Agent, "explore", lambda *_: np.array([0, NAN], np.float32))
     assert_one_error(run(), 1, ID, "agent step 0", "an action of the actor is not finite")
@@ -198,7 +177,7 @@ def test_an_action_is_blamed_when_the_agent_is_the_cause(run, script, monkeypatc
 
 # LENGTHS OF EPISODES
 INSIDE = pytest.mark.xfail(reason="of two limits, the outer one is read")
-BEYOND = pytest.mark.xfail(reason="the flag counts although the environment's limit comes first")
+BEYOND = pytest.mark.xfail(reason="the flag counts although the environment's own limit comes first")
 
 
 @pytest.mark.parametrize(
@@ -224,10 +203,9 @@ def test_the_limit_is_where_episodes_truncate(limits, flags, limit):
     assert env.limit == limit
 
 
-# SimBa's rule, 1 - 5 / limit within 0.95 and 0.995; MR.Q has 0.99
 @pytest.mark.parametrize("script", ["mst_sac", "mst_ddpg"])
 @pytest.mark.parametrize(
-    ("limits", "flags", "gamma"),
+    ("limits", "flags", "gamma"),  # SimBa's rule: 1 - 5 / limit within 0.95 and 0.995
     [
         ({"limit": 50}, "", "0.95"),
         ({"inside": 200}, "", "0.975"),
@@ -236,13 +214,11 @@ def test_the_limit_is_where_episodes_truncate(limits, flags, limit):
         ({}, "", "0.995"),
         ({}, "--env gymnasium:Reacher", "0.95"),  # 50 steps, as Reacher-v5
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
 def test_the_discount_follows_the_limit_and_the_table_names_both(run, limits, flags, gamma):
     register(**limits)
     ended = run("--dry-run", *flags.split())
-    assert ended.code == 0
     assert f"discount factor {gamma}, " in ended.out
     assert ("no declared limit" in ended.out) == (not limits and not flags)
 
@@ -251,24 +227,9 @@ def test_the_discount_follows_the_limit_and_the_table_names_both(run, limits, fl
 def test_an_episode_without_end_ends_the_run_in_a_line_that_names_the_flag(run, script, monkeypatch):
     env_class = importlib.import_module(script).AgentEnv
     reset = env_class.reset
-
-    def late(env, **kwargs):
-        result, env.steps = reset(env, **kwargs), 99_990
-        return result
-
-    monkeypatch.setattr(env_class, "reset", late)
+    monkeypatch.setattr(env_class, "reset", lambda env, **kw: (reset(env, **kw), setattr(env, "steps", 99_990))[0])
     register(length=None)
-    ended = run()
-    assert "no declared limit" in ended.out
-    assert_one_error(ended, 1, ID, "100,000 agent steps", "--max-episode-steps")
-
-
-@IN_ALL
-def test_max_episode_steps_gives_it_an_end(run):
-    register(length=None)
-    ended = run("--max-episode-steps", "7")
-    assert (ended.code, ended.err) == (0, "")
-    assert "return     7.0 +-   0.0" in ended.out
+    assert_one_error(run(), 1, ID, "100,000 agent steps", "--max-episode-steps")
 
 
 @pytest.mark.parametrize("script", ["mst_mrq", "mst_mrsac"])
@@ -279,12 +240,20 @@ def test_without_any_window_of_the_encoders_horizon_a_line_names_it(run, length)
 
 
 @IN_ALL
-@pytest.mark.parametrize("parts", [{"length": 1, "terminates": True}, {"length": 4, "terminates": True}, {"length": 5}])
-def test_short_episodes_train_where_there_is_a_window(run, parts):
+@pytest.mark.parametrize(
+    ("parts", "flags", "length"),
+    [
+        ({"length": 1, "terminates": True}, "", 1),
+        ({"length": 4, "terminates": True}, "", 4),
+        ({"length": 5}, "", 5),
+        ({"length": None}, "--max-episode-steps 7", 7),
+    ],
+)
+def test_short_episodes_train_where_there_is_a_window(run, parts, flags, length):
     register(**parts)
-    ended = run()
+    ended = run(*flags.split())
     assert (ended.code, ended.err) == (0, "")
-    assert f"return {parts['length']:7.1f} +-   0.0" in ended.out
+    assert f"return {length:7.1f} +-   0.0" in ended.out
     assert not (torch.full((64,), 2e-40) * 0.5).any()  # main() flushes denormal numbers, 15 times as slow in AdamW
 
 
@@ -299,16 +268,14 @@ def test_directory_and_id_have_no_character_that_a_file_system_or_wandb_refuses(
 
 
 @IN_ALL
-@pytest.mark.parametrize("name", ["a/b", "a:b", "../a", "a b"])
+@pytest.mark.parametrize("name", ["a/b", "../a", "a:b"])
 def test_an_experiment_named_as_a_path_is_refused(run, name, tmp_path):
     assert_one_error(run("--exp-name", name), 2, f"--exp-name {name}")
     assert not any(tmp_path.iterdir())
 
 
 @IN_ALL
-@pytest.mark.parametrize(
-    "error", [ModuleNotFoundError("No module named 'dm_control'"), AttributeError("... has no flex_vertedge")], ids=repr
-)
+@pytest.mark.parametrize("error", [ModuleNotFoundError("dm_control"), AttributeError("flex_vertedge")], ids=repr)
 def test_a_missing_or_mismatched_dm_control_is_a_line_with_the_versions(main, script, monkeypatch, error):
     def fails(name):
         raise error
@@ -317,26 +284,23 @@ def test_a_missing_or_mismatched_dm_control_is_a_line_with_the_versions(main, sc
     assert_one_error(main("--env", "dog-run"), 2, "dog-run", "dm_control 1.0.50", "mujoco 3.17.0")
 
 
-def python(script: str, before: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
+def python(*flags: str, cwd: Path, before: str = "") -> tuple[int, str, str]:
     """A short run in a process of its own, which executes `before` first."""
-    code = f"{before}\nimport sys, runpy; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"{before}\nimport runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     tiny = "--no-cuda --width-scale 0.03 --total-timesteps 20 --learning-starts 15 --batch-size 8 --eval-episodes 2"
-    return subprocess.run(
-        [sys.executable, "-c", code, f"{ROOT}/{script}.py", *tiny.split(), *flags], cwd=cwd, capture_output=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{cwd}"}, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    line, paths = [sys.executable, "-c", code, f"{ROOT}/mst_sac.py", *tiny.split()], f"{ROOT}:{ROOT}/tests:{cwd}"
+    child = subprocess.run([*line, *flags], cwd=cwd, env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+                           text=True, timeout=120, check=False)  # fmt: skip
+    return child.returncode, child.stdout, child.stderr
 
 
-@IN_ALL
-def test_windows_is_refused_in_one_line(script, tmp_path):
+def test_windows_is_refused_in_one_line(tmp_path):
     # as there: no fcntl; and after the imports, which need the real one, another os.name
     before = "import os, sys, tyro; sys.modules['fcntl'] = None; cli = tyro.cli\n"
     before += "tyro.cli = lambda *args, **kwargs: (cli(*args, **kwargs), setattr(os, 'name', 'nt'))[0]"
-    ended = python(script, before, "--env", "Pendulum-v1", cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: ") and "Linux, macOS and WSL" in ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert python(script, before, "--help", cwd=tmp_path).returncode == 0
+    code, _, err = python("--env", "Pendulum-v1", cwd=tmp_path, before=before)
+    assert (code, err.count("\n"), err[:7], "Linux, macOS and WSL" in err) == (2, 1, "error: ", True)
+    assert not [script for script in SCRIPTS if "\nimport fcntl" in (ROOT / f"{script}.py").read_text()]
 
 
 EACH = pytest.mark.xfail(reason="every process of the evaluation warns once")
@@ -344,13 +308,12 @@ EACH = pytest.mark.xfail(reason="every process of the evaluation warns once")
 
 @pytest.mark.parametrize("flag", ["--no-eval-processes", pytest.param("--eval-processes", marks=EACH)])
 def test_mujoco_warns_once(flag, tmp_path):
-    ended = python("mst_sac", "", "--env", "HalfCheetah-v5", "--dry-run", flag, cwd=tmp_path)
-    assert ended.returncode == 0
-    assert (ended.stdout + ended.stderr).count("WARNING") <= 1
+    code, out, err = python("--env", "HalfCheetah-v5", "--dry-run", "--eval-episodes", "2", flag, cwd=tmp_path)
+    assert (code, (out + err).count("WARNING")) == (0, 1)
 
 
 THREADED = """
-import concurrent.futures, gymnasium, numpy, test_boundary
+import concurrent.futures, gymnasium, test_boundary
 pool = concurrent.futures.ThreadPoolExecutor(1)
 class Threaded(test_boundary.Tiny):
     def __init__(self):
@@ -358,16 +321,12 @@ class Threaded(test_boundary.Tiny):
         self.reward(self)  # starts the thread
 gymnasium.register("Threaded-v0", Threaded)
 """
+LINES = pytest.mark.xfail(reason="gymnasium logs every worker's traceback before the line")
 
 
-@pytest.mark.parametrize("reward", ["1.0", pytest.param("float('nan')", marks=pytest.mark.xfail(reason="15 lines"))])
-def test_an_environment_that_starts_threads_is_evaluated_in_processes(reward, tmp_path):
+@pytest.mark.parametrize(("reward", "expected"), [("1.0", (0, 0)), pytest.param("float('nan')", (1, 1), marks=LINES)])
+def test_an_environment_that_starts_threads_is_evaluated_in_processes(reward, expected, tmp_path):
     (tmp_path / "threaded.py").write_text(THREADED.format(reward=reward))
-    path = f"import sys; sys.path.append({str(Path(__file__).parent)!r})"
-    ended = python("mst_sac", path, "--env", "threaded:Threaded-v0", "--eval-processes", cwd=tmp_path)
-    if reward == "1.0":
-        assert (ended.returncode, ended.stderr) == (0, "")
-        assert "return     8.0 +-   0.0" in ended.stdout
-    else:
-        assert ended.returncode == 1
-        assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    code, out, err = python("--env", "threaded:Threaded-v0", "--eval-processes", cwd=tmp_path)
+    assert (code, err.count("\n")) == expected
+    assert reward != "1.0" or "return     8.0 +-   0.0" in out
