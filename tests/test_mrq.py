@@ -35,22 +35,13 @@ def test_networks_have_the_papers_parameter_counts(scale, encoder, predictor, cr
         assert sum(parameters(network) for network in networks) - head == agent[i]
 
 
-@pytest.mark.parametrize(
-    ("critic_scale", "critic"), [(1, 2_625_538), (3, 33_054_722), (5, 138_997_762)]
-)  # "3/33/139M" of Fig. 6, on an encoder of scale 3
-def test_a_module_can_have_a_scale_of_its_own(critic_scale, critic):
+def test_the_most_specific_scale_of_a_module_counts():
     with torch.device("meta"):
-        networks = make_networks(Args(encoder_scale=3, critic_scale=critic_scale), *HUMANOID)
-    assert parameters(networks[1]) == critic
-    assert parameters(networks[2]) == 1_323_029  # an actor of scale 1 on zs of scale 3, Fig. 9
-
-
-def test_the_most_specific_scale_counts():
-    args = Args(scale=2, width_scale=3, critic_scale=5)
-    with torch.device("meta"):
-        encoder, critic, actor = make_networks(args, *HUMANOID)
+        encoder, critic, actor = make_networks(Args(scale=2, width_scale=3, critic_scale=5), *HUMANOID)
+        on_scale_3 = make_networks(Args(encoder_scale=3), *HUMANOID)
     width_and_depth = [(mlp.projection.out_features, len(mlp.blocks)) for mlp in (encoder.zs_mlp, critic.q1, actor.mlp)]
     assert width_and_depth == [(3 * 512, 2), (5 * 512, 5), (3 * 512, 2)]
+    assert [parameters(module) for module in on_scale_3[1:]] == [2_625_538, 1_323_029]  # "3M" and "1.3M", Figs. 6 and 9
 
 
 @pytest.mark.parametrize("residual", ["pre", "post"])
@@ -240,39 +231,30 @@ def small_batch(seed: int = 0) -> Batch:
 def test_each_loss_trains_its_own_module_alone():
     agent = small_agent()
 
-    def weights():
-        return {name: [p.clone() for p in getattr(agent, name).parameters()] for name in ("encoder", "critic", "actor")}
+    def changed(update):
+        before = {name: p.clone() for name, p in agent.named_parameters()}
+        metrics = update(FixedBatch(small_batch()))
+        moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+        return moved, metrics
 
-    def changed(before):
-        return {
-            name
-            for name, old in before.items()
-            if any((a != b).any() for a, b in zip(old, weights()[name], strict=True))
-        }
-
-    before = weights()
-    agent.update_encoder(FixedBatch(small_batch()))
-    assert changed(before) == {"encoder"}
-    before = weights()
-    metrics = agent.update_critic_and_actor(FixedBatch(small_batch()))
-    assert changed(before) == {"critic", "actor"}
+    assert changed(agent.update_encoder)[0] == {"encoder"}
+    moved, metrics = changed(agent.update_critic_and_actor)
+    assert moved == {"critic", "actor"}
     # the actor's loss left no trace in the critic's gradient: it is still that of the TD loss
-    gradient = [p.grad.clone() for p in agent.critic.parameters()]
+    gradient = [p.grad for p in agent.critic.parameters()]
     assert metrics["plasticity/critic_grad_norm"] == torch.nn.utils.get_total_norm(gradient)
 
 
 def test_target_noise_differs_from_update_to_update_and_is_clipped():
-    agent = small_agent(policy_noise=100.0, noise_clip=0.3)
-    seen = []
+    agent, seen = small_agent(policy_noise=100.0, noise_clip=0.3), []
     agent.encoder_target.zsa = lambda zs, action: seen.append(action) or agent.encoder.zsa(zs, action)
-    agent.update_critic_and_actor(FixedBatch(small_batch()))
-    agent.update_critic_and_actor(FixedBatch(small_batch()))
+    for _ in range(2):
+        agent.update_critic_and_actor(FixedBatch(small_batch()))
     with torch.no_grad():
         clean = agent.actor_target(agent.encoder_target.zs(small_batch().obs[:, 3]))[0]
     assert (seen[0] != seen[1]).any()
     for action in seen:
-        assert ((action - clean).abs() <= 0.3 + 1e-6).all()
-        assert (action.abs() <= 1).all()
+        assert ((action - clean).abs() <= 0.3 + 1e-6).all() and (action.abs() <= 1).all()
 
 
 def with_rewards(*rewards: float) -> ReplayBuffer:
@@ -285,12 +267,15 @@ def with_rewards(*rewards: float) -> ReplayBuffer:
 
 def test_targets_and_reward_scales_are_copied_together():
     agent = small_agent()
+
+    def pairs():
+        targets = [(name, p) for name, p in agent.named_parameters() if "_target." in name]
+        return [torch.equal(p, agent.get_parameter(name.replace("_target.", "."))) for name, p in targets]
+
     agent.update_critic_and_actor(FixedBatch(small_batch()))
-    assert any((a != b).any() for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters(), strict=True))
+    assert not all(pairs())
     agent.update_targets(with_rewards(1, -2, 3, 0, 4))
-    for name in ("encoder", "critic", "actor"):
-        online, target = getattr(agent, name).state_dict(), getattr(agent, f"{name}_target").state_dict()
-        assert all((online[key] == target[key]).all() for key in online)
+    assert all(pairs())
     assert (agent.target_reward_scale, agent.reward_scale) == (1, 2)  # 1 was the scale before; |rewards| have mean 2
     agent.update_targets(with_rewards(0, 0, 0, 0, 1))
     assert (agent.target_reward_scale, agent.reward_scale) == (2, pytest.approx(0.2))
@@ -316,14 +301,10 @@ def test_diagnostics_read_the_features_of_each_module():
         rb.add(random.uniform(-1, 1, 2).astype(np.float32), 0.0, random.normal(size=4).astype(np.float32), False)
     metrics = diagnose(agent, rb, seed=0)
     assert metrics["plasticity/critic_dormant_ratio"] < 0.5
-    for parameter in agent.critic.q1.projection.parameters():  # q1's first block then sees nothing but zeros
-        parameter.data.zero_()
-    for layer in (agent.critic.q1.blocks[0].linear1, agent.critic.q1.blocks[0].linear2):
-        layer.weight.data.zero_()
+    for parameter in [*agent.critic.q1.projection.parameters(), *agent.critic.q1.blocks.parameters()]:
+        parameter.data.zero_()  # q1 then sees nothing but zeros
     after = diagnose(agent, rb, seed=0)
     assert after["plasticity/critic_dormant_ratio"] == pytest.approx(0.5, abs=0.1)  # one of two heads is dead
     assert after["plasticity/critic_srank"] < metrics["plasticity/critic_srank"]
-    assert {k: v for k, v in after.items() if "critic" not in k} == {
-        k: v for k, v in metrics.items() if "critic" not in k
-    }
+    assert {k for k in metrics if after[k] != metrics[k]} == {k for k in metrics if "critic" in k}
     assert 1 <= metrics["plasticity/encoder_srank"] <= 15  # zsa has round(0.03 * 512) = 15 dimensions
