@@ -197,7 +197,7 @@ def in_turns(flags, script: str, scale: float, report: Callable) -> None:
         if mode.split()[0] != "products":
             report(script, scale, mode, "training loop", "steps/s", [1 / x for x in values["agent step", mode]])
             worker.ask("memory")
-            for what, gib in zip(("peak memory", "of it must be held"), worker.answer(), strict=True):
+            for what, gib in zip(("peak memory", "what must be held"), worker.answer(), strict=True):
                 report(script, scale, mode, what, "GiB", [gib])
         worker.end()
     for mode in flags.modes if flags.against else ():
