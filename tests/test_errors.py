@@ -28,7 +28,7 @@ REFUSED = {  # and words of the one line
     "--env HalfCheeta-v5": "no HalfCheeta-v5",
     "--env no_such_package:Foo-v0": "no_such_package",
     "--env CartPole-v1": "CartPole-v1 has actions Discrete(2): agents need a flat, bounded Box",
-    f"--buffer-size {10**13}": "not enough memory",
+    f"--buffer-size {10**13}": "memory",
     # The Sparsifier's words
     "--critic-sparsity 1": "sparsity is 1.0: write the share of zeros, in [0, 1)",
     "--encoder-regime dst --encoder-sparsity -0.1": "-0.1",
