@@ -149,7 +149,7 @@ NAN_OBS = {"obs": lambda env: np.full(3, NAN if env.age == 45 else 0.1)}
 
 @IN_ALL
 @pytest.mark.parametrize(
-    ("parts", "named"), [(NAN_REWARD, "reward is no finite number: nan"), (NAN_OBS, "[nan nan nan]")]
+    ("parts", "named"), [(NAN_REWARD, "reward is no finite number: nan"), (NAN_OBS, "[nan, nan, nan]")]
 )
 def test_nan_of_an_environment_ends_the_run_in_a_line_that_names_what_where_and_when(run, parts, named):
     register(**parts)
@@ -296,7 +296,7 @@ gymnasium.register("Threaded-v0", Threaded)
 """
 
 
-@pytest.mark.parametrize(("reward", "lines"), [("1.0", 0), "float('nan')", 1])
+@pytest.mark.parametrize(("reward", "lines"), [("1.0", 0), ("float('nan')", 1)])
 def test_an_environment_that_starts_threads_is_evaluated_in_processes(reward, lines, tmp_path):
     (tmp_path / "threaded.py").write_text(THREADED.format(reward=reward))
     code, out, err = python("--env", "threaded:Threaded-v0", "--eval-processes", cwd=tmp_path)
