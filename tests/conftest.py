@@ -1,7 +1,7 @@
 """Shared by the tests of runs and errors: tiny runs as real processes, and the comparison of two run directories.
 
 `command()` starts `python <script>.py`. `life()` is as real a process, but forked from one that has imported torch and
-the simulator already, which saves three seconds per run, and it can get a signal at the n-th call of any function.
+the simulator already, which saves five seconds per run, and it can get signals at chosen calls of any function.
 """
 
 import contextlib
@@ -15,20 +15,25 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine made these tests 70 times slower
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["mst_mrq"]
+SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
+all_scripts = pytest.mark.parametrize("script", SCRIPTS)  # a test without it runs mst_mrq: `main` is the same in all
+# Evaluations at 0, 50, 100 and 130, checkpoints at 30, 60, 90 and 120, training from 40 on; an episode has 40 steps
 TINY = shlex.split(
-    "--env cartpole-swingup --action-repeat 10 --no-cuda --width-scale 0.03 --total-timesteps 130 "
+    "--env cartpole-swingup --max-episode-steps 40 --no-cuda --width-scale 0.03 --total-timesteps 130 "
     "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
     "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20"
 )
@@ -64,13 +69,15 @@ def command(script: str, *flags: str, cwd: Path) -> Ended:
     return Ended(child.returncode, child.stdout, child.stderr)
 
 
-def life(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_file: int | None = None) -> Ended:
+def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
     """Run the script's `main()` in a process of its own, up to its end.
 
-    at: ("Agent.update_encoder", 5, signal.SIGKILL) sends the process this signal at the start of the 5th such call.
+    at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process this signal at the start of
+        the 5th such call; with "group" as a fourth entry, all processes of the run get it.
     largest_file: in bytes, a write beyond it fails as on a full disk.
+    hook: a function of a test module, called with the script as module before its `main()`.
     """
-    return end(start(script, *flags, cwd=cwd, at=at, largest_file=largest_file), cwd)
+    return end(start(script, *flags, cwd=cwd, **how), cwd)
 
 
 def end(child, cwd: Path) -> Ended:
@@ -81,9 +88,10 @@ def end(child, cwd: Path) -> Ended:
     return Ended(code, Path(cwd, "stdout").read_text(), Path(cwd, "stderr").read_text())
 
 
-def start(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_file: int | None = None):
+def start(script: str, *flags: str, cwd: Path, **how):
     """`life()` without waiting for its end."""
-    child = forkserver.Process(target=_main, args=(script, flags, cwd, at, largest_file))
+    cwd.mkdir(exist_ok=True)
+    child = forkserver.Process(target=_main, args=(script, flags, cwd), kwargs=how)
     with pytest.MonkeyPatch.context() as patch:  # for the server, which the first child starts
         for name, value in {**ENVIRONMENT, "MUJOCO_GL": "disable"}.items():
             patch.setenv(name, value)
@@ -91,30 +99,40 @@ def start(script: str, *flags: str, cwd: Path, at: tuple | None = None, largest_
     return child
 
 
-def _main(script: str, flags: tuple[str, ...], cwd: Path, at: tuple | None, largest_file: int | None) -> None:
+def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=None, hook=None) -> None:
+    os.setpgrp()
     os.chdir(cwd)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     module = importlib.import_module(script)
-    if at:
-        signal_at(module, *at)
+    if hook:
+        hook(module)
+    for each in [at] if at and isinstance(at[0], str) else at:
+        signal_at(module, *each)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [f"{script}.py", *tiny(script), *flags]
     sys.exit(module.main())
 
 
-def signal_at(module, name: str, call: int, number: int) -> None:
+def signal_at(module, name: str, call: int, number: int, to: str = "") -> None:
     *path, name = name.split(".")
     owner = operator.attrgetter(".".join(path))(module) if path else module
     original, calls = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **kwargs):
         if next(calls) == call:
-            os.kill(os.getpid(), number)
+            os.kill(0 if to == "group" else os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -138,25 +156,37 @@ class FixedBatch:
         self.priority = priority
 
 
-@pytest.fixture(scope="session", params=SCRIPTS)
-def script(request) -> str:
-    return request.param
+@pytest.fixture
+def script() -> str:
+    return "mst_mrq"
+
+
+@pytest.fixture
+def run_dir(script, tmp_path) -> Path:
+    """Where a run with the tiny arguments is, if it starts in `tmp_path`."""
+    return tmp_path / str(RUN).format(script)
 
 
 @pytest.fixture(scope="session")
-def finished_runs() -> dict[str, Path]:
+def runs_made_once() -> dict[str, Path]:
     return {}
 
 
 @pytest.fixture
-def reference(script, finished_runs, tmp_path_factory) -> Path:
+def reference(script, runs_made_once, tmp_path_factory) -> Path:
     """The directory of an uninterrupted run with the tiny arguments, made once per script."""
-    if script not in finished_runs:
+    if script not in runs_made_once:
         cwd = tmp_path_factory.mktemp("reference")
-        ended = command(script, cwd=cwd)
+        ended = life(script, cwd=cwd)
         assert (ended.code, ended.err) == (0, "")
-        finished_runs[script] = cwd / str(RUN).format(script)
-    return finished_runs[script]
+        runs_made_once[script] = cwd / str(RUN).format(script)
+    return runs_made_once[script]
+
+
+@pytest.fixture
+def finished(reference, run_dir) -> Path:
+    """A copy of the finished reference run, at the same path relative to the working directory."""
+    return shutil.copytree(reference, run_dir)
 
 
 @pytest.fixture
@@ -170,7 +200,8 @@ def main(script, monkeypatch, tmp_path, capsys):
         try:
             code = importlib.import_module(script).main()
         except SystemExit as stop:
-            code = stop.code
+            code, message = (stop.code, "") if isinstance(stop.code, int) else (1, f"{stop.code}\n")
+            sys.stderr.write(message)  # as the interpreter does
         return Ended(code, *capsys.readouterr())
 
     yield call
@@ -194,35 +225,29 @@ def evaluations(run_dir: Path) -> list[list[str]]:
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """All TensorBoard values of all event files by tag and step, without speed and memory. No value is there twice."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
+    """All TensorBoard values of all event files by tag and step, without the speed. No value is there twice."""
     values = {}
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.HasField("simple_value") and value.tag not in ("charts/SPS", "charts/peak_memory_gib"):
+                if value.HasField("simple_value") and value.tag != "charts/SPS":
                     assert (value.tag, event.step) not in values, f"{value.tag} at step {event.step} is there twice"
                     values[value.tag, event.step] = value.simple_value
     return values
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Weights and masks of an `agent.pt` by name."""
-    saved = torch.load(path, weights_only=True)
-    return {
-        f"{part}.{module}.{name}": tensor
-        for part in ("modules", "masks")
-        for module, state in saved[part].items()
-        for name, tensor in state.items()
-    }
+def losses(run_dir: Path) -> dict[tuple[str, int], float]:
+    """The values of the training, without those of evaluations."""
+    return {key: value for key, value in scalars(run_dir).items() if key[0].startswith(("losses/", "charts/"))}
 
 
 def assert_same_agent(run_dir: Path, other: Path) -> None:
-    ours, theirs = tensors(run_dir / "agent.pt"), tensors(other / "agent.pt")
-    assert len(ours) > 0
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    """Weights and masks are the same to the bit."""
+    ours, theirs = (torch.load(path / "agent.pt", weights_only=True) for path in (run_dir, other))
+    for part, those in [(ours["agent"], theirs["agent"]), *((ours["masks"][x], y) for x, y in theirs["masks"].items())]:
+        assert part.keys() == those.keys()
+        assert [name for name in part if not torch.equal(part[name], those[name])] == []
+    assert len(ours["agent"]) > 10
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
