@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
 	--total-timesteps 7000 --eval-interval 1000 --eval-episodes 5 --exp-name demo
 
-.PHONY: demo test test-slurm
+.PHONY: demo test test-slurm operations
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -24,3 +24,10 @@ test-slurm: .venv/installed
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# copies what stands below OPERATIONS in mst_sac.py into the other scripts
+operations:
+	for script in mst_ddpg mst_mrq mst_mrsac; do \
+		sed '/^# OPERATIONS/,$$d' $$script.py > $$script.new && sed -n '/^# OPERATIONS/,$$p' mst_sac.py >> $$script.new && \
+		mv $$script.new $$script.py; \
+	done

@@ -12,7 +12,6 @@ training regime per module: critic dynamic sparse, actor static sparse. The algo
 """
 
 import copy
-import fcntl
 import json
 import math
 import os
@@ -264,7 +263,6 @@ class Agent(nn.Module):
         self.to(device)
 
         training_steps = args.total_timesteps - args.learning_starts + 1  # the first follows the last random action
-        total_updates = dict.fromkeys(MODULES, args.updates_per_step * training_steps)
         fast = {"fused": True, "capturable": device.type == "cuda"}
         self.optimizers, self.sparsifiers = {}, {}
         for i, name in enumerate(MODULES):
@@ -274,7 +272,7 @@ class Agent(nn.Module):
                 module, self.optimizers[name], getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity"),
                 distribution=args.distribution, growth=args.growth, update_interval=args.topology_update_interval,
                 drop_fraction=args.drop_fraction, schedule_start=args.schedule_start, schedule_end=args.schedule_end,
-                total_updates=max(total_updates[name], 1), seed=len(MODULES) * args.seed + i,
+                total_updates=max(args.updates_per_step * training_steps, 1), seed=len(MODULES) * args.seed + i,
             )  # fmt: skip
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         if args.compile:
@@ -315,7 +313,6 @@ class Agent(nn.Module):
         """One update of actor, critic and target, in this order and each with what is new by then."""
         batch = rb.sample(self.args.batch_size)
         obs, next_obs = self.normalizer(batch.obs), self.normalizer(batch.next_obs)
-
         self.critic.requires_grad_(False)  # the actor's loss trains the actor alone
         actor_loss = self.actor_loss(obs, self.noise(batch))
         self.critic.requires_grad_(True)
@@ -339,8 +336,7 @@ class Agent(nn.Module):
         }
 
     def actor_loss(self, obs: Tensor, noise: Tensor) -> Tensor:
-        action = (self.actor(obs) + noise).clamp(-1, 1)
-        return -self.critic(obs, action).min(1).values.mean()
+        return -self.critic(obs, (self.actor(obs) + noise).clamp(-1, 1)).min(1).values.mean()
 
     def critic_loss(self, obs: Tensor, next_obs: Tensor, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, Q (batch, 1 or 2) and its target (batch,). Observations are normalised."""
@@ -375,11 +371,11 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
 
 # OPERATIONS: the same in all scripts
 class DMControl(gym.Env):  # a task of the suite
-    render_mode, _max_episode_steps = "rgb_array", 1000  # the limit of all tasks but lqr's, which have none
+    _max_episode_steps = 1000  # of all tasks but lqr's, which have no limit
 
-    def __init__(self, env_id: str, seed: int):
+    def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
         suite = import_module("dm_control.suite")  # only now: it reads MUJOCO_GL
-        self.dmc = suite.load(*env_id.split("-", 1), task_kwargs={"random": seed})  # lqr draws its model from the seed
+        self.dmc = suite.load(*env_id.partition("-")[::2], task_kwargs={"random": seed})  # of lqr's model, too
         spaces = {k: gym.spaces.Box(-np.inf, np.inf, x.shape, x.dtype) for k, x in self.dmc.observation_spec().items()}
         self.observation_space = gym.spaces.Dict(list(spaces.items()))  # a list keeps the order of the spec
         spec = self.dmc.action_spec()  # lqr's limits of +-1e10 stand for none: its actions are in [-1, 1], too
@@ -405,18 +401,16 @@ class AgentEnv(gym.Wrapper):
 
     def __init__(self, args: Args):
         gymnasium = ":" in args.env_id or args.env_id in gym.registry  # "package:Name-v0" imports its package
-        render_mode = {"render_mode": "rgb_array"} if args.capture_video else {}
+        kwargs = {"disable_env_checker": True} if gymnasium else {"seed": args.seed}
+        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         try:
-            if gymnasium:
-                super().__init__(gym.make(args.env_id, disable_env_checker=True, **render_mode))
-            else:
-                super().__init__(DMControl(args.env_id, args.seed))
+            super().__init__((gym.make if gymnasium else DMControl)(args.env_id, **kwargs))
+            if "mujoco" in sys.modules:  # warns of every environment's model: once is enough
+                sys.modules["mujoco"].set_mju_user_warning(lambda text: None)
             if args.capture_video:  # notice now what is missing for it
                 self.env.reset(), self.env.render()
         except Exception as error:  # of whatever library makes it
-            raise ValueError(
-                f"no environment {args.env_id}, as dog-run or HalfCheetah-v5 are: {error!r:.300}"
-            ) from error
+            raise ValueError(f"no {args.env_id}: {error!r:.300}; dm_control 1.0.50 needs mujoco 3.17.0") from error
         raw, actions = self.env.observation_space, self.env.action_space
         real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
         if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):
@@ -475,7 +469,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, 
             obs, reward, terminated, truncated, _ = envs.step(agent.act(obs))
             returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
             running &= ~(terminated | truncated)
-    except (EOFError, ConnectionError):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         time.sleep(1)  # the signal that ended a process of the evaluation may reach this one later
         if not stop:
             sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
@@ -554,10 +548,12 @@ def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
 
 def check(args: Args) -> None:
     """ValueError for the first flag that cannot be. What tyro, torch and the Sparsifier refuse is not in here."""
+    if os.name != "posix":
+        raise ValueError("runs are locked and stopped as on Linux, macOS and WSL: use one of these")
     for name, value in asdict(args).items():
-        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else sys.maxsize
-        if type(value) in (int, float) and name != "target_entropy" and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}, the most {high}")
+        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else math.inf
+        if type(value) in (int, float) and name != "target_entropy" and not (low <= value <= high and value < math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
     if re.search(r"[^\w.+=-]", args.exp_name):
         raise ValueError(f"--exp-name {args.exp_name} names a folder: write letters, digits and _ . + = - only")
     if args.cuda and not torch.cuda.is_available():
@@ -587,19 +583,19 @@ def load(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {name: content[name] for name in ("args", "run", "agent")} | content
     except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
-        sys.exit(f"error: {path} is damaged or not ours ({error!r:.200}); restore a copy, or delete it")
+        sys.exit(f"error: {path} is missing, damaged or not ours ({error!r:.200}); restore a copy, or delete it")
 
 
 def load_agent(args: Args) -> tuple[Args, dict]:
     """What the run directory of --eval-only holds, and the arguments to play it with: its own, but for how to play."""
-    paths = [path for name in ("agent.pt", "checkpoint.pt") if (path := Path(args.eval_only, name)).exists()]
-    if not paths:
-        raise ValueError(f"--eval-only {args.eval_only} is no run directory with an agent.pt or a checkpoint.pt")
-    saved = load(paths[0])
-    if unknown := sorted(saved["args"].keys() - asdict(args).keys()):
-        raise ValueError(f"{paths[0]} is of another script, which has --{unknown[0]}: play it with that one")
+    path, now, default = Path(args.eval_only, "agent.pt"), asdict(args), asdict(Args())
+    saved = load(path if path.exists() else path.with_name("checkpoint.pt"))
     own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
-    return replace(Args(**saved["args"]), buffer_size=1, **{name: getattr(args, name) for name in own}), saved
+    if foreign := sorted(saved["args"].keys() - now.keys()):
+        raise ValueError(f"{args.eval_only} is of another script, which has --{foreign[0]}: play it with that one")
+    if ignored := [name for name in now if now[name] != default[name] and name not in own]:
+        raise ValueError(f"--eval-only plays with the flags of the run: leave out --{ignored[0].replace('_', '-')}")
+    return replace(Args(**saved["args"]), buffer_size=1, **{name: now[name] for name in own}), saved
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -611,6 +607,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
     run_dir = Path(args.runs_dir, re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"))
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
+    fcntl = import_module("fcntl")  # not on Windows
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -665,8 +662,9 @@ def main() -> int:
         for number in (signal.SIGINT, signal.SIGUSR1):  # before the fork: the evaluation's processes carry on
             signal.signal(number, on_signal)
         makers = [lambda: AgentEnv(args)] * (1 if args.dry_run else args.eval_episodes)
-        if args.eval_processes and not opengl:  # which no fork survives
-            envs = gym.vector.AsyncVectorEnv(makers, context="fork")  # before there is a lock or a context on the GPU
+        if args.eval_processes and not opengl:
+            gymnasium = ":" in args.env_id or args.env_id in gym.registry  # may start threads, which no fork survives
+            envs = gym.vector.AsyncVectorEnv(makers, context="spawn" if gymnasium else "fork")  # before lock and GPU
         else:
             envs = gym.vector.SyncVectorEnv(makers)
         signal.signal(signal.SIGTERM, on_signal)  # after the fork: it ends those processes
