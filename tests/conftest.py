@@ -40,9 +40,10 @@ TINY = shlex.split(
 ENCODER = ["--target-network-frequency", "20"]  # of the scripts with an encoder
 
 
-def tiny(script: str) -> list[str]:
-    """The arguments of a tiny run."""
-    return TINY + (ENCODER if script in ("mst_mrq", "mst_mrsac") else [])
+def arguments(script: str, flags: tuple[str, ...]) -> list[str]:
+    """Those of a tiny run and `flags`; --eval-only plays with those of the run."""
+    encoder = ENCODER if script in ("mst_mrq", "mst_mrsac") else []
+    return [*([] if "--eval-only" in flags else TINY + encoder), *flags]
 
 
 RUN = Path("runs", "cartpole-swingup__{}__1")
@@ -63,7 +64,7 @@ class Ended:
 
 def command(script: str, *flags: str, cwd: Path) -> Ended:
     """Run `python <script>.py` with the tiny arguments and `flags` to its end."""
-    line = [sys.executable, str(ROOT / f"{script}.py"), *tiny(script), *flags]
+    line = [sys.executable, str(ROOT / f"{script}.py"), *arguments(script, flags)]
     environ = os.environ | ENVIRONMENT
     child = subprocess.run(line, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False)
     return Ended(child.returncode, child.stdout, child.stderr)
@@ -100,7 +101,6 @@ def start(script: str, *flags: str, cwd: Path, **how):
 
 
 def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=None, hook=None) -> None:
-    os.setpgrp()
     os.chdir(cwd)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -111,7 +111,7 @@ def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=No
         signal_at(module, *each)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv = [f"{script}.py", *tiny(script), *flags]
+    sys.argv = [f"{script}.py", *arguments(script, flags)]
     sys.exit(module.main())
 
 
@@ -119,6 +119,8 @@ def signal_at(module, name: str, call: int, number: int, to: str = "") -> None:
     *path, name = name.split(".")
     owner = operator.attrgetter(".".join(path))(module) if path else module
     original, calls = getattr(owner, name), itertools.count(1)
+    if to == "group":
+        os.setpgrp()
 
     def counted(*args, **kwargs):
         if next(calls) == call:
@@ -194,14 +196,24 @@ def main(script, monkeypatch, tmp_path, capsys):
     """Call the script's `main()` in this process and an empty folder, for what ends before training starts."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    locks, os_open = [], os.open
+
+    def keep(path, *args, **kwargs):
+        descriptor = os_open(path, *args, **kwargs)
+        locks.extend([descriptor] if str(path).endswith(".lock") else [])
+        return descriptor
+
+    monkeypatch.setattr(os, "open", keep)
 
     def call(*flags: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *tiny(script), *flags])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments(script, flags)])
         try:
             code = importlib.import_module(script).main()
         except SystemExit as stop:
             code, message = (stop.code, "") if isinstance(stop.code, int) else (1, f"{stop.code}\n")
             sys.stderr.write(message)  # as the interpreter does
+        while locks:  # which the end of a process gives back
+            os.close(locks.pop())
         return Ended(code, *capsys.readouterr())
 
     yield call
