@@ -16,22 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    RUN,
-    SCRIPTS,
-    all_scripts,
-    assert_one_error,
-    assert_same_agent,
-    assert_same_run,
-    command,
-    evaluations,
-    life,
-    scalars,
-    start,
-    unchanged,
-    wait_for,
-)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import SCRIPTS, all_scripts, assert_one_error, assert_same_agent, assert_same_run  # isort: skip
+from conftest import command, evaluations, life, scalars, start, unchanged, wait_for  # isort: skip
 
 RESUME_ME = 75  # sysexits.h EX_TEMPFAIL, documented in the scripts' docstrings
 
@@ -49,57 +37,37 @@ def steps(values) -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture
-def interrupted(script, runs_made_once, run_dir, tmp_path_factory):
-    """A copy of a run killed before its second checkpoint was written: it holds the first, at agent step 30."""
-    name = f"{script} interrupted"
-    if name not in runs_made_once:
-        cwd = tmp_path_factory.mktemp("interrupted")
-        assert life(script, cwd=cwd, at=("torch.save", 2, signal.SIGKILL)).code == -signal.SIGKILL
-        runs_made_once[name] = cwd / str(RUN).format(script)
-    return shutil.copytree(runs_made_once[name], run_dir)
-
-
-# The same bits ------------------------------------------------------------------------------------------------------
-
-
 def test_a_command_gives_the_same_bits_and_is_silent_on_stderr(script, reference, run_dir, tmp_path):
     ended = command(script, cwd=tmp_path)
     assert (ended.code, ended.err) == (0, "")
     assert_same_run(run_dir, reference)
 
 
-def test_a_run_logs_every_evaluation_and_the_losses_of_every_interval(reference):
+@all_scripts
+def test_a_run_leaves_logs_arguments_versions_weights_and_masks_but_no_checkpoint(reference):
+    names = {path.name.split(".tfevents")[0] for path in reference.iterdir()}
+    assert names == {".lock", "config.json", "eval.csv", "events.out", "agent.pt"}
     assert [row[:2] for row in evaluations(reference)] == [
         ["agent_step", "env_step"], ["0", "0"], ["50", "100"], ["100", "200"], ["130", "260"],
     ]  # fmt: skip
     logged = steps(scalars(reference))
     assert logged["eval/episode_return_mean"] == [0, 50, 100, 130]
     assert logged["losses/critic_loss"] == [40, 50, 60, 70, 80, 90, 100, 110, 120, 130]  # training starts at step 40
-    assert logged["plasticity/critic_srank"] == [50, 100, 130]  # at 0 there is nothing to measure it on
+    assert set(logged["plasticity/critic_srank"]) >= {50, 100, 130}  # at 0 MR.Q has nothing to measure it on
     assert logged["charts/episodic_return"] == [40, 80, 120]
-
-
-@all_scripts
-def test_a_run_leaves_its_arguments_versions_weights_and_masks_but_no_checkpoint(reference):
-    names = {path.name.split(".tfevents")[0] for path in reference.iterdir()}
-    assert names == {".lock", "config.json", "eval.csv", "events.out", "agent.pt"}
     config, saved = json.loads((reference / "config.json").read_text()), torch.load(reference / "agent.pt")
     assert config["versions"]["torch"] == torch.__version__
-    assert config["args"]["max_episode_steps"] == 40
     assert saved.keys() == {"args", "run", "agent", "masks"}
     assert (saved["args"], saved["run"]["step"]) == (config["args"], 130)
     for name, mask in saved["masks"]["critic"].items():
         assert not saved["agent"][f"critic.{name}"][~mask].any()
 
 
-# Interrupted and started again --------------------------------------------------------------------------------------
-
-
 @all_scripts
 def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run_dir, tmp_path):
     # One evaluation makes 80 calls of AgentEnv.step. A resumed run plays its episode again, then writes its checkpoint
     deaths = [  # call of a function, then what is on disk: step of the checkpoint, evaluations
+        ("Path.replace", 1, None, 0),  # config.json is written, but not renamed
         ("AgentEnv.step", 50, None, 0),  # in the first evaluation
         ("Agent.optimize", 31, 30, 1),  # in an update
         ("Path.replace", 3, 60, 2),  # the checkpoint of 90 is written, but not renamed
@@ -108,11 +76,11 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run
         ("Path.replace", 3, 120, 4),  # agent.pt is written, but not renamed
         ("Path.unlink", 1, 120, 4),  # agent.pt is there, and so is the checkpoint still
     ]
-    for name, call, step, rows in deaths:
+    for death, (name, call, step, rows) in enumerate(deaths):
         assert not (run_dir / "agent.pt").exists()
         assert life(script, cwd=tmp_path, at=(name, call, signal.SIGKILL)).code == -signal.SIGKILL
-        assert checkpoint_step(run_dir) == step
-        assert len(evaluations(run_dir)) - 1 == rows if rows else not (run_dir / "eval.csv").exists()
+        assert (checkpoint_step(run_dir), len(evaluations(run_dir))) == (step, rows and 1 + rows)
+        assert (run_dir / "config.json").exists() == (death > 0)
     with unchanged(run_dir):
         last = life(script, cwd=tmp_path)
     assert (last.code, last.err) == (0, "")
@@ -148,25 +116,27 @@ def test_a_second_sigint_ends_at_once_and_sigterm_after_sigusr1_does_not(script,
 
 
 def with_dropout(module):
-    """A dropout before critic and actor, and a look at the modes."""
-    make_networks, act, train_step = module.make_networks, module.Agent.act, module.Agent.train_step
+    make_networks = module.make_networks
 
     def add_dropout(*args):
         networks = make_networks(*args)
-        for network in networks[-2:]:
+        for network in networks[-2:]:  # critic and actor
             network.dropout = torch.nn.Dropout(0.2)
             network.register_forward_pre_hook(lambda network, inputs: (network.dropout(inputs[0]), *inputs[1:]))
         return networks
 
-    def acts(agent, obs):
-        assert not any(part.training for part in agent.modules())
-        return act(agent, obs)
+    module.make_networks = add_dropout
 
-    def trains(agent, rb):
-        assert all(part.training for part in agent.modules())
-        return train_step(agent, rb)
 
-    module.make_networks, module.Agent.act, module.Agent.train_step = add_dropout, acts, trains
+def is_in_eval_mode(agent, obs):
+    assert not any(part.training for part in agent.modules())
+
+
+def is_in_training_mode(agent, rb):
+    assert all(part.training for part in agent.modules())
+
+
+MODES = [("Agent.act", 0, is_in_eval_mode), ("Agent.train_step", 0, is_in_training_mode)]
 
 
 def never_the_same(module):
@@ -191,7 +161,7 @@ def test_dropouts_that_someone_adds_and_terminations_resume_exactly(script, refe
     death = ("ReplayBuffer.add", 68, signal.SIGKILL)
     assert life(script, *flags, cwd=killed, hook=hook, at=death).code == -signal.SIGKILL
     for folder in (killed, whole):
-        ended = life(script, *flags, cwd=folder, hook=hook)
+        ended = life(script, *flags, cwd=folder, hook=hook, at=MODES)
         assert (ended.code, ended.err) == (0, "")
         assert ("at agent step 60" in ended.out) == (folder == killed)
     (run_dir,), (other,) = killed.glob("runs/*"), whole.glob("runs/*")
@@ -222,9 +192,6 @@ def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, refe
         assert {tag: [x.step for x in events.Scalars(tag)] for tag in logged} == logged
 
 
-# Run directories ----------------------------------------------------------------------------------------------------
-
-
 @all_scripts
 def test_what_never_moves_the_training_may_change_and_the_folder_may_move(script, reference, tmp_path):
     assert life(script, cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM)).code == RESUME_ME  # before all training
@@ -252,16 +219,15 @@ def test_a_finished_run_says_so_and_changes_no_file_and_other_arguments_are_refu
     assert_one_error(other, 2, "batch_size 16 -> 17", "critic_regime dst -> sst", "--exp-name")
 
 
-def test_a_flag_that_the_old_run_did_not_know_is_no_difference_at_its_default(script, main, interrupted, tmp_path):
-    config = json.loads((interrupted / "config.json").read_text())
+@all_scripts
+def test_a_flag_that_the_old_run_did_not_know_is_no_difference_at_its_default(main, finished):
+    config = json.loads((finished / "config.json").read_text())
     del config["args"]["drop_fraction"]
-    (interrupted / "config.json").write_text(json.dumps(config))
-    with unchanged(interrupted):
-        assert_one_error(main("--drop-fraction", "0.3"), 2, "drop_fraction 0.5 -> 0.3")
-    assert life(script, cwd=tmp_path, at=("ReplayBuffer.add", 1, signal.SIGTERM)).code == RESUME_ME
-    assert checkpoint_step(interrupted) == 31
+    (finished / "config.json").write_text(json.dumps(config))
+    assert main().code == 0
+    assert_one_error(main("--drop-fraction", "0.3"), 2, "drop_fraction 0.5 -> 0.3")
     config["args"]["eval_workers"] = 2  # one that this script does not know
-    (interrupted / "config.json").write_text(json.dumps(config))
+    (finished / "config.json").write_text(json.dumps(config))
     assert_one_error(main(), 2, "eval_workers 2 -> None")
 
 
@@ -270,15 +236,13 @@ def test_a_second_process_on_a_run_directory_is_refused_and_can_play_its_checkpo
     try:
         wait_for(lambda: checkpoint_step(run_dir) == 60)
         with unchanged(run_dir):
-            assert_one_error(main(), 1, "another process")
+            second = life(script, "--runs-dir", str(run_dir.parent), cwd=tmp_path / "second")
+            assert_one_error(second, 1, "another process")
             played = main("--eval-only", str(run_dir), "--eval-episodes", "1")
         assert (played.code, played.err) == (0, "")
         assert "agent step 60: " in played.out
     finally:
         first.kill()
-
-
-# Files that are damaged ---------------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -301,7 +265,6 @@ DAMAGES = {
     "flipped": flipped,
     "of another program": lambda path: path.write_text("[project]"),
     "of another program with torch": lambda path: torch.save({"progress": 1}, path),
-    "a tensor": lambda path: torch.save(torch.zeros(2), path),
     "malicious": lambda path: torch.save(Malicious(), path),
 }
 
@@ -324,69 +287,39 @@ def test_a_damaged_config_is_named_and_kept(main, interrupted, content):
         assert_one_error(main(), 1, "config.json")
 
 
-def test_config_json_is_there_whole_or_not_at_all(script, reference, run_dir, tmp_path):
-    assert life(script, cwd=tmp_path, at=("Path.replace", 1, signal.SIGKILL)).code == -signal.SIGKILL
-    os.truncate(run_dir / "config.tmp", 100)  # as if killed in the middle of writing it
-    assert not (run_dir / "config.json").exists()
-    assert life(script, cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM)).code == RESUME_ME
-    ours, theirs = (json.loads((path / "config.json").read_text())["args"] for path in (run_dir, reference))
-    assert ours == theirs
+FULL = [  # the largest file, the first that is larger, and the step of the checkpoint then
+    (1000, "config.json", None), (8000, "TensorBoard", None), (20_000, "checkpoint", None), (100_000, "second", 30),
+]  # fmt: skip
 
 
-# A full disk and numbers that overflow ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("largest_file", "flags"),
-    [(1000, []), (8000, ["--checkpoint-interval", "1000"]), (20_000, [])],
-    ids=["config.json", "TensorBoard", "checkpoint.pt"],
-)
-def test_a_full_disk_is_one_error_and_then_the_run_starts(script, reference, run_dir, tmp_path, largest_file, flags):
-    assert_one_error(life(script, *flags, cwd=tmp_path, largest_file=largest_file), 1, "cannot write")
+@pytest.mark.parametrize(("largest", "file", "step"), FULL)
+def test_a_full_disk_is_one_error_and_then_the_run_goes_on(script, reference, run_dir, tmp_path, largest, file, step):
+    flags = ["--checkpoint-interval", "1000"] if file == "TensorBoard" else []
+    assert_one_error(life(script, *flags, cwd=tmp_path, largest_file=largest), 1, "cannot write")
+    assert (checkpoint_step(run_dir), list(run_dir.glob("checkpoint.tmp"))) == (step, [])
     assert life(script, cwd=tmp_path).code == 0
     assert_same_run(run_dir, reference)
 
 
-def test_a_disk_full_later_keeps_the_checkpoint(script, interrupted, tmp_path):
-    before = (interrupted / "checkpoint.pt").read_bytes()
-    assert_one_error(life(script, cwd=tmp_path, largest_file=len(before)), 1, "checkpoint.pt", "free some space")
-    assert (interrupted / "checkpoint.pt").read_bytes() == before
-    assert not (interrupted / "checkpoint.tmp").exists()
-
-
-def poisoned_at_60(module):
-    """A weight of the critic is NaN after the update of step 60, just before a checkpoint."""
-    train_step, steps = module.Agent.train_step, iter(range(40, 131))
-
-    def poisoned(agent, rb):
-        metrics = train_step(agent, rb)
-        if next(steps) == 60:
-            next(agent.critic.parameters()).data.view(-1)[0] = torch.nan
-        return metrics
-
-    module.Agent.train_step = poisoned
+def poison(path, content):
+    next(iter(content["agent"].values())).view(-1)[0] = torch.nan
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "hook", "culprit"),
+    ("script", "flags", "at", "culprit"),
     [
-        ("mst_mrq", "--encoder-lr 1e20", None, "losses/encoder_loss is nan"),
-        ("mst_mrq", "--critic-lr 1e20 --critic-arch 1", None, "losses/actor_loss is nan"),  # a function of the critic
-        ("mst_mrq", "--actor-lr 1e20 --actor-arch 1", None, "an action of the actor is not finite"),
-        *((script, "", poisoned_at_60, "a weight is not finite") for script in SCRIPTS),
+        ("mst_mrq", "--encoder-lr 1e20", (), "losses/encoder_loss is nan"),
+        ("mst_mrq", "--critic-lr 1e20 --critic-arch 1", (), "losses/actor_loss is nan"),  # a function of the critic
+        ("mst_mrq", "--actor-lr 1e20 --actor-arch 1", (), "an action of the actor is not finite"),
+        *((script, "", ("save", 2, poison), "a weight is not finite") for script in SCRIPTS),
     ],
 )
-def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
-    script, run_dir, tmp_path, flags, hook, culprit
-):
-    ended = life(script, *flags.split(), cwd=tmp_path, hook=hook)
-    assert_one_error(ended, 1, culprit, f"agent step {60 if hook else 40}", "last good checkpoint")
+def test_what_is_not_finite_never_replaces_a_good_checkpoint(script, run_dir, tmp_path, flags, at, culprit):
+    ended = life(script, *flags.split(), cwd=tmp_path, at=at)
+    assert_one_error(ended, 1, culprit, f"agent step {60 if at else 40}", "last good checkpoint")
     good = torch.load(run_dir / "checkpoint.pt")
     assert good["run"]["step"] == 30
     assert all(weight.isfinite().all() for weight in good["agent"].values())
-
-
-# Playing a trained agent --------------------------------------------------------------------------------------------
 
 
 @all_scripts
@@ -402,53 +335,39 @@ def test_eval_only_plays_the_agent_of_a_run_the_same_every_time(main, finished):
 
 
 @all_scripts
-def test_eval_only_refuses_what_it_cannot_play_and_flags_of_the_training(main, script, tmp_path):
-    for other in {*SCRIPTS, script + "+"} - {script}:
-        args = vars(importlib.import_module(other.strip("+")).Args()) | ({"added": 1} if "+" in other else {})
-        torch.save({"args": args, "run": {"step": 9}, "agent": {}}, tmp_path / "agent.pt")
+def test_eval_only_refuses_what_it_cannot_play_and_flags_of_the_training(main, script):
+    others = [vars(importlib.import_module(other).Args()) for other in SCRIPTS if other != script]
+    for args in (*others, {"added": 1}):
+        torch.save({"args": args, "run": {}, "agent": {}}, "agent.pt")
         assert_one_error(main("--eval-only", "."), 2, "another script, which has --")
-    torch.save({"args": {}, "run": {"step": 9}, "agent": {}}, tmp_path / "agent.pt")
+    torch.save({"args": {}, "run": {}, "agent": {}}, "agent.pt")
     assert_one_error(main("--eval-only", ".", "--gamma", "0.5"), 2, "leave out --gamma")
     assert_one_error(main("--eval-only", "nowhere"), 1, "nowhere", "missing")
 
-
-# Every regime on every module ---------------------------------------------------------------------------------------
 
 REGIMES = {"dense": (0, 0), "sst": (0.6, 0.6), "dst": (0.6, 0.6), "s2d": (0.6, 0), "d2s": (0, 0.6)}
 
 
 @all_scripts
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_trains_every_module(script, regime):
+def test_every_regime_trains_every_module_between_its_two_sparsities(script, regime):
     module, updates, random = importlib.import_module(script), 20, np.random.default_rng(0)
     flags = {f"{name}_{what}": x for name in module.MODULES for what, x in [("regime", regime), ("sparsity", 0.6)]}
     flags |= {"target_network_frequency": updates} if "encoder" in module.MODULES else {"updates_per_step": 1}
-    args = module.Args(
-        env_id="Hopper-v5", hidden_dim=64, batch_size=32, buffer_size=200, topology_update_interval=4,
-        total_timesteps=updates, learning_starts=1, **flags,
-    )  # fmt: skip
+    flags |= {"topology_update_interval": 4, "total_timesteps": updates, "learning_starts": 1}
+    args = module.Args(env_id="Hopper-v5", hidden_dim=64, batch_size=32, buffer_size=200, **flags)
     agent, rb = (kind(args, 5, 2, torch.device("cpu")) for kind in (module.Agent, module.ReplayBuffer))
     rb.start_episode(random.normal(size=5).astype(np.float32))
     for _ in range(100):
         action, obs = random.uniform(-1, 1, 2).astype(np.float32), random.normal(size=5).astype(np.float32)
         rb.add(action, random.normal(), obs, False)
-    sparsifiers = agent.sparsifiers.items()
-    masks = {(name, key): mask.clone() for name, x in sparsifiers for key, mask in x.masks.items()}
-    initial = {(name, key): weight.detach().clone() for name, x in sparsifiers for key, weight in x.weights.items()}
-    for _, sparsifier in sparsifiers:
-        assert sparsifier.sparsity() == pytest.approx(REGIMES[regime][0], abs=0.01)  # floor(sparsity * size) zeros
+    first = {name: sparsifier.sparsity() for name, sparsifier in agent.sparsifiers.items()}
     for _ in range(updates):
         agent.train_step(rb)
-        for name, sparsifier in sparsifiers:
-            for key, mask in sparsifier.masks.items():
-                moments = agent.optimizers[name].state[sparsifier.weights[key]]
-                for tensor in (sparsifier.weights[key], moments["exp_avg"], moments["exp_avg_sq"]):
-                    assert not tensor[~mask].any()
-    changes = regime in ("dst", "s2d", "d2s")
-    for name, sparsifier in sparsifiers:
-        assert sparsifier.sparsity() == pytest.approx(REGIMES[regime][1], abs=0.01)
-        assert sparsifier.topology_updates == (5 if changes else 0)  # every 4 of 20
-        assert changes == any(not torch.equal(mask, masks[name, key]) for key, mask in sparsifier.masks.items())
-        active = {key: sparsifier.masks.get(key, torch.ones_like(x) > 0) for key, x in sparsifier.weights.items()}
-        moved = torch.cat([(sparsifier.weights[key] != initial[name, key])[active[key]] for key in active])
-        assert moved.float().mean() > 0.9  # a weight behind a ReLU that is never active rests
+    for name, sparsifier in agent.sparsifiers.items():
+        assert (first[name], sparsifier.sparsity()) == pytest.approx(REGIMES[regime], abs=0.01)  # floors, per layer
+        assert sparsifier.topology_updates == (5 if regime in ("dst", "s2d", "d2s") else 0)  # every 4 of 20
+        for key, mask in sparsifier.masks.items():
+            moments = agent.optimizers[name].state[sparsifier.weights[key]]
+            assert all(not x[~mask].any() for x in (sparsifier.weights[key], *moments.values()) if x.ndim)
+            assert moments["exp_avg"][mask].any()
