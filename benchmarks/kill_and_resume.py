@@ -1,12 +1,13 @@
-"""Kill one run with `kill -9` at random moments, and compare it bit for bit with an uninterrupted run.
+"""Kill a run with `kill -9` at random moments, and compare it bit for bit with an uninterrupted run.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py --kills 10
+    OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py mst_mrq mst_sac --kills 10
 
-Starts `mst_mrq.py` with the same arguments in two temporary folders: once uninterrupted, once killed after a random
-time and started again, until it was killed often enough, and then to its end. Prints every death and the verdict.
+Starts each script with the same arguments in two temporary folders: once uninterrupted, once killed after a random time
+and started again, until it was killed often enough, and then to its end. Prints every death and the verdict.
 """
 
 import argparse
+import contextlib
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import assert_same_run, evaluations, scalars
+from conftest import SCRIPTS, assert_same_run, evaluations, scalars
 
 FLAGS = """
     --env cartpole-swingup --no-cuda --width-scale 0.0625 --batch-size 64 --total-timesteps 4000 --learning-starts 1000
@@ -24,38 +25,41 @@ FLAGS = """
 """
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(script: str, folder: Path) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
-    line = [sys.executable, ROOT / "mst_mrq.py", *FLAGS.split()]
+    line = [sys.executable, ROOT / f"{script}.py", *FLAGS.split()]
     return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def kill_and_compare(script: str, kills: int, moments: random.Random, whole: Path, killed: Path) -> None:
+    begin = time.time()
+    child = start(script, whole)
+    child.stdout.readline()  # the table of networks
+    startup = time.time() - begin
+    child.communicate()
+    seconds = time.time() - begin
+    print(f"{script} uninterrupted: {seconds:.0f} s, of which {startup:.0f} s to start", flush=True)
+    for kill in range(1, kills + 1):
+        child, alive = start(script, killed), moments.uniform(0, startup + (seconds - startup) / kills)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=alive)
+            raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")
+        child.kill()
+        resumed = [line for line in child.communicate()[0].splitlines() if line.startswith("resuming")]
+        print(f"kill {kill:2} after {alive:5.1f} s, {resumed[0] if resumed else 'not resumed'}", flush=True)
+    start(script, killed).communicate()
+    (a,), (b,) = whole.glob("runs/*"), killed.glob("runs/*")
+    assert_same_run(a, b)
+    print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} TensorBoard values, agent.pt")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10, help="how often the run is killed")
+    parser.add_argument("scripts", nargs="*", default=SCRIPTS, help="all, if none is named")
+    parser.add_argument("--kills", type=int, default=10, help="how often each run is killed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     flags = parser.parse_args()
-    moments = random.Random(flags.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        begin = time.time()
-        child = start(whole)
-        child.stdout.readline()  # the table of networks
-        startup = time.time() - begin
-        child.communicate()
-        seconds = time.time() - begin
-        print(f"uninterrupted: {seconds:.0f} s, of which {startup:.0f} s to start", flush=True)
-        for kill in range(1, flags.kills + 1):
-            child = start(killed)
-            alive = moments.uniform(0, startup + 0.15 * (seconds - startup))
-            try:
-                child.communicate(timeout=alive)
-                raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")
-            except subprocess.TimeoutExpired:
-                child.kill()
-            resumed = [line for line in child.communicate()[0].splitlines() if line.startswith("resuming")]
-            print(f"kill {kill:2} after {alive:5.1f} s, {resumed[0] if resumed else 'not resumed'}", flush=True)
-        start(killed).communicate()
-        (a,), (b,) = whole.glob("runs/*"), killed.glob("runs/*")
-        assert_same_run(a, b)
-        print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} TensorBoard values, agent.pt")
+    for script in flags.scripts:
+        with tempfile.TemporaryDirectory() as folder:
+            moments = random.Random(flags.seed)
+            kill_and_compare(script, flags.kills, moments, Path(folder, "whole"), Path(folder, "killed"))

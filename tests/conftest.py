@@ -4,9 +4,8 @@
 the simulator already, which saves five seconds per run, and it can get signals at chosen calls of any function.
 """
 
+import collections
 import contextlib
-import csv
-import dataclasses
 import importlib
 import itertools
 import multiprocessing
@@ -37,35 +36,23 @@ TINY = shlex.split(
     "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
     "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20"
 )
-ENCODER = ["--target-network-frequency", "20"]  # of the scripts with an encoder
-
-
-def arguments(script: str, flags: tuple[str, ...]) -> list[str]:
-    """Those of a tiny run and `flags`; --eval-only plays with those of the run."""
-    encoder = ENCODER if script in ("mst_mrq", "mst_mrsac") else []
-    return [*([] if "--eval-only" in flags else TINY + encoder), *flags]
-
-
-RUN = Path("runs", "cartpole-swingup__{}__1")
+RUN = "runs/cartpole-swingup__{}__1"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*SCRIPTS, "dm_control.suite", "gymnasium.envs.mujoco", "torch._dynamo"])
+Ended = collections.namedtuple("Ended", "code out err")  # a negative code is the number of the signal that killed it
 
 
-@dataclasses.dataclass
-class Ended:
-    """How a process ended. A negative code is the number of the signal that killed it."""
-
-    code: int
-    out: str
-    err: str
+def arguments(script: str, flags: tuple[str, ...]) -> list[str]:
+    """Those of a tiny run and `flags`; --eval-only plays with those of the run."""
+    encoder = ["--target-network-frequency", "20"] if script in ("mst_mrq", "mst_mrsac") else []
+    return [*([] if "--eval-only" in flags else TINY + encoder), *flags]
 
 
 def command(script: str, *flags: str, cwd: Path) -> Ended:
     """Run `python <script>.py` with the tiny arguments and `flags` to its end."""
-    line = [sys.executable, str(ROOT / f"{script}.py"), *arguments(script, flags)]
-    environ = os.environ | ENVIRONMENT
+    line, environ = [sys.executable, ROOT / f"{script}.py", *arguments(script, flags)], os.environ | ENVIRONMENT
     child = subprocess.run(line, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False)
     return Ended(child.returncode, child.stdout, child.stderr)
 
@@ -74,7 +61,8 @@ def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
     """Run the script's `main()` in a process of its own, up to its end.
 
     at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process this signal at the start of
-        the 5th such call; with "group" as a fourth entry, all processes of the run get it.
+        the 5th such call; with "group" as a fourth entry, all processes of the run get it. Instead of a signal, a
+        function of a test module gets the arguments of the call; instead of 5, 0 means every call.
     largest_file: in bytes, a write beyond it fails as on a full disk.
     hook: a function of a test module, called with the script as module before its `main()`.
     """
@@ -84,9 +72,9 @@ def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
 def end(child, cwd: Path) -> Ended:
     """Wait for the end of a process that `start()` started."""
     child.join(300)
-    code = child.exitcode
-    child.kill()  # if it hangs: then the code is None
-    return Ended(code, Path(cwd, "stdout").read_text(), Path(cwd, "stderr").read_text())
+    if child.exitcode is None:
+        child.kill()
+    return Ended(child.exitcode, (cwd / "stdout").read_text(), (cwd / "stderr").read_text())
 
 
 def start(script: str, *flags: str, cwd: Path, **how):
@@ -115,7 +103,7 @@ def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=No
     sys.exit(module.main())
 
 
-def signal_at(module, name: str, call: int, number: int, to: str = "") -> None:
+def signal_at(module, name: str, call: int, action, to: str = "") -> None:
     *path, name = name.split(".")
     owner = operator.attrgetter(".".join(path))(module) if path else module
     original, calls = getattr(owner, name), itertools.count(1)
@@ -123,15 +111,15 @@ def signal_at(module, name: str, call: int, number: int, to: str = "") -> None:
         os.setpgrp()
 
     def counted(*args, **kwargs):
-        if next(calls) == call:
-            os.kill(0 if to == "group" else os.getpid(), number)
+        if next(calls) == call or not call:
+            action(*args) if callable(action) else os.kill(0 if to == "group" else os.getpid(), action)
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
 
 
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
@@ -166,29 +154,36 @@ def script() -> str:
 @pytest.fixture
 def run_dir(script, tmp_path) -> Path:
     """Where a run with the tiny arguments is, if it starts in `tmp_path`."""
-    return tmp_path / str(RUN).format(script)
+    return tmp_path / RUN.format(script)
 
 
-@pytest.fixture(scope="session")
-def runs_made_once() -> dict[str, Path]:
-    return {}
+MADE: dict[tuple, Path] = {}
+
+
+def made_once(tmp_path_factory, script: str, at: tuple = ()) -> Path:
+    """The directory of a run with the tiny arguments, uninterrupted or killed there, made once in a session."""
+    if (script, at) not in MADE:
+        cwd = tmp_path_factory.mktemp("once")
+        assert life(script, cwd=cwd, at=at).code == (-signal.SIGKILL if at else 0)
+        MADE[script, at] = cwd / RUN.format(script)
+    return MADE[script, at]
 
 
 @pytest.fixture
-def reference(script, runs_made_once, tmp_path_factory) -> Path:
-    """The directory of an uninterrupted run with the tiny arguments, made once per script."""
-    if script not in runs_made_once:
-        cwd = tmp_path_factory.mktemp("reference")
-        ended = life(script, cwd=cwd)
-        assert (ended.code, ended.err) == (0, "")
-        runs_made_once[script] = cwd / str(RUN).format(script)
-    return runs_made_once[script]
+def reference(script, tmp_path_factory) -> Path:
+    return made_once(tmp_path_factory, script)
 
 
 @pytest.fixture
 def finished(reference, run_dir) -> Path:
-    """A copy of the finished reference run, at the same path relative to the working directory."""
+    """A copy of the reference, at the same path relative to the working directory."""
     return shutil.copytree(reference, run_dir)
+
+
+@pytest.fixture
+def interrupted(script, tmp_path_factory, run_dir) -> Path:
+    """A copy of a run killed before its second checkpoint was written: it holds the first, at agent step 30."""
+    return shutil.copytree(made_once(tmp_path_factory, script, ("torch.save", 2, signal.SIGKILL)), run_dir)
 
 
 @pytest.fixture
@@ -196,14 +191,7 @@ def main(script, monkeypatch, tmp_path, capsys):
     """Call the script's `main()` in this process and an empty folder, for what ends before training starts."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    locks, os_open = [], os.open
-
-    def keep(path, *args, **kwargs):
-        descriptor = os_open(path, *args, **kwargs)
-        locks.extend([descriptor] if str(path).endswith(".lock") else [])
-        return descriptor
-
-    monkeypatch.setattr(os, "open", keep)
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)  # the end of a process would unlock what a call locks
 
     def call(*flags: str) -> Ended:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments(script, flags)])
@@ -212,8 +200,6 @@ def main(script, monkeypatch, tmp_path, capsys):
         except SystemExit as stop:
             code, message = (stop.code, "") if isinstance(stop.code, int) else (1, f"{stop.code}\n")
             sys.stderr.write(message)  # as the interpreter does
-        while locks:  # which the end of a process gives back
-            os.close(locks.pop())
         return Ended(code, *capsys.readouterr())
 
     yield call
@@ -231,9 +217,9 @@ def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
 
 
 def evaluations(run_dir: Path) -> list[list[str]]:
-    """`eval.csv` as text, without wall_seconds."""
-    with open(run_dir / "eval.csv", newline="") as file:
-        return [row[:-1] for row in csv.reader(file)]
+    """`eval.csv` as text, without wall_seconds; [] before the first evaluation."""
+    path = run_dir / "eval.csv"
+    return [line.split(",")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
@@ -246,11 +232,6 @@ def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
                     assert (value.tag, event.step) not in values, f"{value.tag} at step {event.step} is there twice"
                     values[value.tag, event.step] = value.simple_value
     return values
-
-
-def losses(run_dir: Path) -> dict[tuple[str, int], float]:
-    """The values of the training, without those of evaluations."""
-    return {key: value for key, value in scalars(run_dir).items() if key[0].startswith(("losses/", "charts/"))}
 
 
 def assert_same_agent(run_dir: Path, other: Path) -> None:
@@ -275,7 +256,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
 def unchanged(folder: Path):
     """No file of the folder is created, deleted or written."""
 
-    def contents():
+    def contents() -> dict:
         return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
     before = contents()

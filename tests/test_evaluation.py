@@ -13,13 +13,14 @@ from conftest import assert_one_error, assert_same_run, end, life, start, wait_f
 
 import mst_mrq
 
-PROCESSES = ["--eval-processes"]
+EPISODES = [
+    ("cartpole-swingup", 50),
+    ("InvertedPendulum-v5", None),
+    ("lqr-lqr_2_1", 9),
+]  # falls; model from the run's seed
 
 
-# the pendulum falls after different numbers of steps, lqr draws its model from the seed of the run
-@pytest.mark.parametrize(
-    ("env_id", "limit"), [("cartpole-swingup", 50), ("InvertedPendulum-v5", None), ("lqr-lqr_2_1", 9)]
-)
+@pytest.mark.parametrize(("env_id", "limit"), EPISODES)
 def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit):
     args, seeds = mst_mrq.Args(env_id=env_id, max_episode_steps=limit, width_scale=0.03, buffer_size=1), [7, 8, 9]
     env = mst_mrq.AgentEnv(args)
@@ -39,22 +40,23 @@ def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit
         envs.close()
 
 
-def state(pid: int) -> str | None:
-    """T: stopped, Z: ended but not yet reaped, None: gone."""
+def state(pid: int) -> str:
+    """T: stopped, Z: ended but not yet reaped, or gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return None
+        return "gone"
 
 
-def gone(pids: list[int]) -> bool:
-    return all(state(pid) in (None, "Z") for pid in pids)
+def wait_for_the_end(pids: list[int]) -> None:
+    wait_for(lambda: all(state(pid) in ("Z", "gone") for pid in pids))
 
 
 @pytest.fixture
 def evaluating(script, tmp_path):
     """A run that waits for SIGCONT in its evaluation at 50, and the pids of the processes there."""
-    child = start(script, *PROCESSES, cwd=tmp_path, at=("Agent.act", 60, signal.SIGSTOP))  # 40, 10 that explore, 10
+    at = ("Agent.act", 60, signal.SIGSTOP)  # 40 calls in the first evaluation, 10 that explore, 10 in this one
+    child = start(script, "--eval-processes", cwd=tmp_path, at=at)
     try:
         wait_for(lambda: state(child.pid) == "T")
         pids = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
@@ -64,61 +66,55 @@ def evaluating(script, tmp_path):
         child.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_an_evaluation_stops_the_run_with_a_checkpoint(
-    script, reference, run_dir, tmp_path, number
+PENDULUM = ["--env", "InvertedPendulum-v5", "--eval-episodes", "1"]  # its processes are spawned, without handlers
+SIGNALS = [(signal.SIGINT, [], 60), (signal.SIGUSR1, [], 60), (signal.SIGTERM, [], 60), (signal.SIGINT, PENDULUM, 2)]
+
+
+@pytest.mark.parametrize(("number", "flags", "call"), SIGNALS)
+def test_a_signal_to_all_processes_of_an_evaluation_stops_the_run(script, reference, tmp_path, number, flags, call):
+    ended = life(script, "--eval-processes", *flags, cwd=tmp_path, at=("Agent.act", call, number, "group"))
+    assert (ended.code, ended.err) == (75, "")
+    assert f"stopped at agent step {0 if flags else 50}" in ended.out
+    if not flags:
+        assert life(script, cwd=tmp_path).code == 0
+        assert_same_run(tmp_path / "runs" / reference.name, reference)
+
+
+@pytest.mark.parametrize("later", [None, signal.SIGTERM])
+def test_processes_that_die_end_the_run_unless_a_signal_follows_that_stops_it(
+    script, reference, run_dir, evaluating, tmp_path, later
 ):
-    ended = life(script, *PROCESSES, cwd=tmp_path, at=("Agent.act", 60, number, "group"))
-    assert (ended.code, ended.err) == (75, "")
-    assert "stopped at agent step 50" in ended.out
-    assert life(script, cwd=tmp_path).code == 0
-    assert_same_run(run_dir, reference)
-
-
-def test_ctrl_c_stops_a_run_with_spawned_processes_too(script, tmp_path):  # which inherit no handlers
-    flags = [*PROCESSES, "--env", "InvertedPendulum-v5", "--eval-episodes", "1"]
-    ended = life(script, *flags, cwd=tmp_path, at=("Agent.act", 2, signal.SIGINT, "group"))
-    assert (ended.code, ended.err) == (75, "")
-    assert "stopped at agent step 0" in ended.out
-
-
-def test_a_signal_that_reaches_the_processes_first_stops_the_run_with_a_checkpoint(evaluating, tmp_path):
-    child, pids = evaluating
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: gone(pids))
-    os.kill(child.pid, signal.SIGCONT)
-    time.sleep(0.3)  # it has a second of grace
-    os.kill(child.pid, signal.SIGTERM)
-    ended = end(child, tmp_path)
-    assert (ended.code, ended.err) == (75, "")
-
-
-def test_a_run_says_when_a_process_died_and_goes_on_without_processes(script, reference, run_dir, evaluating, tmp_path):
     child, pids = evaluating
     os.kill(pids[0], signal.SIGKILL)
+    wait_for_the_end(pids[:1])
     os.kill(child.pid, signal.SIGCONT)
-    assert_one_error(end(child, tmp_path), 1, "a process of the evaluation died", "--no-eval-processes")
-    wait_for(lambda: gone(pids))
+    if later:
+        time.sleep(0.3)  # it has a second of grace
+        os.kill(child.pid, later)
+    ended = end(child, tmp_path)
+    if later:
+        assert (ended.code, ended.err) == (75, "")
+    else:
+        assert_one_error(ended, 1, "a process of the evaluation died", "--no-eval-processes")
+    wait_for_the_end(pids)
     assert life(script, "--no-eval-processes", cwd=tmp_path).code == 0
     assert_same_run(run_dir, reference)
 
 
-def test_processes_of_a_killed_run_hold_no_lock_and_end(script, run_dir, evaluating, tmp_path):
+def test_processes_of_a_killed_run_hold_no_lock_and_end(script, evaluating, tmp_path):
     child, pids = evaluating
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     child.kill()
     child.join()
-    resumed = life(script, cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM))
-    assert resumed.code == 75
+    assert life(script, cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM)).code == 75
     assert [state(pid) for pid in pids] == ["T", "T"]  # they were still there
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: gone(pids))
+    wait_for_the_end(pids)
 
 
 def test_an_error_in_a_process_is_one_line(script, tmp_path):
     flags = ["--actor-lr", "1e20", "--actor-arch", "1", "--critic-arch", "1", "--eval-interval", "40"]
-    ended = life(script, *PROCESSES, *flags, "--no-diagnostics", cwd=tmp_path)
+    ended = life(script, "--eval-processes", "--no-diagnostics", *flags, cwd=tmp_path)
     assert_one_error(ended, 1, "an action of the actor is not finite", "agent step 40")
