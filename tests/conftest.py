@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,9 +82,7 @@ def start(script: str, *flags: str, cwd: Path, **how):
     """`life()` without waiting for its end."""
     cwd.mkdir(exist_ok=True)
     child = forkserver.Process(target=_main, args=(script, flags, cwd), kwargs=how)
-    with pytest.MonkeyPatch.context() as patch:  # for the server, which the first child starts
-        for name, value in {**ENVIRONMENT, "MUJOCO_GL": "disable"}.items():
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, ENVIRONMENT, MUJOCO_GL="disable"):  # for the server, which the first child starts
         child.start()
     return child
 

@@ -23,8 +23,6 @@ REFUSED = {  # and words of the one line
     "--q-horizon 6": "--encoder-horizon must be at least --q-horizon",
     "--cuda": "--cuda needs a GPU that torch sees: train with --no-cuda",
     "--env dog-rum": "no dog-rum",
-    "--env walker": "no walker",
-    "--env HalfCheeta-v5": "no HalfCheeta-v5",
     "--env no_such_package:Foo-v0": "no_such_package",
     "--env CartPole-v1": "CartPole-v1 has actions Discrete(2): agents need a flat, bounded Box",
     f"--buffer-size {10**13}": "allocate memory",

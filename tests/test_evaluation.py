@@ -22,7 +22,7 @@ EPISODES = [
 
 @pytest.mark.parametrize(("env_id", "limit"), EPISODES)
 def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit):
-    args, seeds = mst_mrq.Args(env_id=env_id, max_episode_steps=limit, width_scale=0.03, buffer_size=1), [7, 8, 9]
+    args, seeds = mst_mrq.Args(env_id=env_id, max_episode_steps=limit, width_scale=0.03, buffer_size=9), [7, 8, 9]
     env = mst_mrq.AgentEnv(args)
     agent = mst_mrq.Agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
     alone = np.zeros(len(seeds))
