@@ -916,7 +916,7 @@ def main() -> int:
         if args.dry_run:
             return 0
         if saved:
-            agent.load_state_dict(saved["agent"], strict=False)  # agent.pt holds no target networks
+            agent.load_state_dict(agent.state_dict() | saved["agent"])  # agent.pt holds no target networks
             seeds = episode_seeds(args.seed, 2, count=args.eval_episodes)
             returns = evaluate(agent, envs, seeds, [], Path(args.eval_only, "videos", "eval_only.mp4"))
             print(f"agent step {saved['run']['step']:,}: {returns.mean():.1f} +- {returns.std():.1f}", returns.round(1))
