@@ -325,7 +325,6 @@ class Agent(nn.Module):
             self.sparsifiers["critic"].apply_to(self.critic_target)  # what the critic drops, its target drops as well
         with torch.no_grad():  # Polyak averaging. What is 0 in critic and target stays exactly 0
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
-
         return {
             "losses/critic_loss": critic_loss.detach(),
             "losses/actor_loss": actor_loss.detach(),
@@ -404,9 +403,8 @@ class AgentEnv(gym.Wrapper):
         kwargs = {"disable_env_checker": True} if gymnasium else {"seed": args.seed}
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         try:
+            import_module("mujoco").set_mju_user_warning(lambda text: None)  # the same for every environment's model
             super().__init__((gym.make if gymnasium else DMControl)(args.env_id, **kwargs))
-            if "mujoco" in sys.modules:  # warns of every environment's model: once is enough
-                sys.modules["mujoco"].set_mju_user_warning(lambda text: None)
             if args.capture_video:  # notice now what is missing for it
                 self.env.reset(), self.env.render()
         except Exception as error:  # of whatever library makes it
@@ -420,15 +418,17 @@ class AgentEnv(gym.Wrapper):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
         self.action_space = gym.spaces.Box(-1, 1, actions.shape, np.float32)
         self.action_repeat = args.action_repeat or (1 if gymnasium else 2)
-        self.limit = args.max_episode_steps
-        if self.limit is None and self.env.has_wrapper_attr("_max_episode_steps"):  # of a TimeLimit, or its own
-            self.limit = math.ceil(self.env.get_wrapper_attr("_max_episode_steps") / self.action_repeat)
+        limits, layer = [args.max_episode_steps or math.inf], self.env
+        while layer is not None:  # of every TimeLimit, or the environment's own
+            limits.append((getattr(layer, "_max_episode_steps", None) or math.inf) / self.action_repeat)
+            layer = getattr(layer, "env", None)
+        self.limit = math.ceil(min(limits)) if min(limits) < math.inf else None
 
     def flat(self, obs) -> np.ndarray:
-        obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
-        if not np.isfinite(obs).all():
-            raise gym.error.Error(f"at step {self.steps} of an episode, the observation is not finite: {obs}")
-        return obs
+        flat = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
+        if flat.shape != self.observation_space.shape or not np.isfinite(flat).all():
+            raise gym.error.Error(f"at step {self.steps} of an episode, the observation is not usable: {obs!r:.60}")
+        return flat
 
     def reset(self, **kwargs):
         self.steps = 0
@@ -442,9 +442,10 @@ class AgentEnv(gym.Wrapper):
         self.steps, total_reward = self.steps + 1, 0.0
         for _ in range(self.action_repeat):
             obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
-            if np.size(reward) != 1 or not np.isfinite(reward).all():
+            number = np.asarray(reward)
+            if number.size != 1 or number.dtype.kind not in "biuf" or not abs(number.item()) < 3e38:  # in float32
                 raise gym.error.Error(f"at step {self.steps} of an episode, the reward is no finite number: {reward}")
-            total_reward += float(np.asarray(reward).item())
+            total_reward += float(number.item())
             if terminated or truncated:
                 break
         if self.limit is None and self.steps >= 100_000:
@@ -654,6 +655,7 @@ def main() -> int:
         if args.eval_only:
             args, saved = load_agent(args)
         sys.stdout.reconfigure(line_buffering=True)
+        gym.logger.min_level = 50  # an error in a process of the evaluation is said once, below
         torch.backends.cudnn.deterministic = args.torch_deterministic
         torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
         torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them

@@ -247,8 +247,8 @@ def numbers(loaded: Loaded, figure: str, statistic: str = "iqm", last: int | Non
 
 
 def in_series_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Sorted as `LOOKS` are, which is the order of legends."""
-    return table.sort_values("series", kind="stable", key=lambda names: names.map(list(LOOKS).index))
+    """Sorted as `LOOKS` are, which is the order of legends; what has no look comes last."""
+    return table.sort_values("series", kind="stable", key=lambda names: names.map([*LOOKS, *names].index))
 
 
 NUMBERS = ["row", "column", "series", "point", "x", "value", "low", "high", "n", "expected"]
@@ -395,7 +395,7 @@ def draw(figure: str, table: pd.DataFrame, caption: str, statistic: str = "iqm")
         labels = {"fontsize": STYLE["axes.labelsize"]}
         if form.kind != "curves":
             body.supylabel(f"Final return ({statistic.replace('iqm', 'IQM')})", **labels)
-        body.supxlabel("Agent steps" if form.kind == "curves" else AXES.get(form.x, ""), **labels)
+        body.supxlabel("Agent steps" if form.kind == "curves" else AXES.get(form.x, form.x if lines else ""), **labels)
         add_legend(body, keys, form.legend)
     return fig
 
@@ -444,7 +444,7 @@ def draw_bars(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
     width = 0.84 / len(series) if len(series) > 1 else 0.6
     for bar in panel.itertuples():
         x = points.index(bar.point) + width * (series.index(bar.series) - (len(series) - 1) / 2)
-        color, whole = LOOKS[bar.series].color, bar.n == bar.expected
+        color, whole = look(bar.series, form).color, bar.n == bar.expected
         face, edge = (color, "white") if whole else ("white", color)
         ax.bar(x, bar.value, width, color=face, edgecolor=edge, linewidth=0.6)
         ax.vlines(x, bar.low, bar.high, color="black", linewidth=0.8)
@@ -489,10 +489,8 @@ def draw_lines(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
 
 def short_number(number: float) -> str:
     """With a prefix, one decimal below ten: 2.6M, 139M, 100."""
-    formatter = EngFormatter(sep="", places=None)
-    exponent = 3 * int(np.floor(np.log10(number) / 3))
-    mantissa = number / 10**exponent
-    return formatter(round(mantissa, 1 if mantissa < 10 else 0) * 10**exponent)
+    digits = 3 if np.log10(number) % 3 >= 2 else 2
+    return EngFormatter(sep="")(float(f"{number:.{digits}g}"))
 
 
 def draw_curves(ax: Axes, panel: pd.DataFrame, form: Form) -> None:
@@ -560,7 +558,8 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
             axes[2].plot([point.sparse_flops / 1e6, point.flops / 1e6], [y, y], color=style.color, linewidth=0.6)
             axes[2].plot(point.flops / 1e6, y, **drawn | {"marker": "|"})
             axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
-        labels = (f"Wall-clock time ({unit})", "Peak memory (GiB)", "MFLOPs per sample")
+        memory = "Peak memory (GiB)" if table["gib"].notna().any() else "Peak memory: not logged"
+        labels = (f"Wall-clock time ({unit})", memory, "MFLOPs per sample")
         for ax, label in zip(axes, labels, strict=True):
             ax.set_xlabel(label)
             ax.set_xlim(0, 1.06 * ax.get_xlim()[1])

@@ -13,6 +13,7 @@ holds no data.
 import functools
 import importlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,9 @@ def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path
             problems.append(f"damaged: config.json of {path.name} (taken as declared)")
         args = config["args"] if config else declared
         for name, value in declared.items():
-            if args.get(name) != value and name not in NOT_SETTINGS:
+            if (
+                value is not None and args.get(name) != value and name not in NOT_SETTINGS
+            ):  # None: for the script to say
                 deviations.setdefault(f"{name} {args.get(name)} instead of {value}", []).append(path.name)
         own, broken = _evaluations(path / "eval.csv")
         evaluations += [(str(path), *values) for values in own]
@@ -287,9 +290,10 @@ def size(script: str, args: dict) -> dict[str, float]:
 def _dimensions(script: str, env_id: str) -> tuple[int, int] | None:
     """Sizes of observation and action, None if the environment cannot be made."""
     module = importlib.import_module(script)
+    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn
     try:
-        env = module.make_env(env_id, seed=1)
-    except (ValueError, RuntimeError, ImportError):
+        env = module.AgentEnv(module.Args(env_id=env_id))
+    except ValueError:
         return None
     env.close()
     return env.observation_space.shape[0], env.action_space.shape[0]
@@ -338,8 +342,4 @@ def _mean_schedule(regime: str, start: float | None, end: float | None) -> float
 
 def _arguments(script: str, flags: dict) -> dict:
     """All arguments of a script that is given these flags, as `config.json` would record them."""
-    module = importlib.import_module(script)
-    args = module.Args(**flags)
-    if hasattr(module, "fill_in"):
-        module.fill_in(args)
-    return asdict(args)
+    return asdict(importlib.import_module(script).Args(**flags))

@@ -9,18 +9,16 @@ layers of 2560 x 2560 (137.6M weights, about the critic at scale 5).
 
 import argparse
 import csv
-import datetime
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from speed import machine
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from env_overhead import machine
-
 from sparse_utils import Sparsifier
 
 
@@ -34,14 +32,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", help="file to write")
     parser.add_argument("--layers", type=int, default=21, help="layers of the large module")
-    flags = parser.parse_args()
-    rows = []
+    flags, rows = parser.parse_args(), []
 
     def report(what: str, size: str, times: list[float]) -> None:
-        rows.append(
-            [what, size, f"{statistics.median(times):.3f}", f"{min(times):.3f}", f"{max(times):.3f}", len(times)]
-        )
-        print(f"{what:<24} {size:<22} median {rows[-1][2]:>10} ms, min {rows[-1][3]}, max {rows[-1][4]}", flush=True)
+        median, least, most = (f"{x:.3f}" for x in (statistics.median(times), min(times), max(times)))
+        rows.append({"what": what, "size": size, "median_ms": median, "min_ms": least, "max_ms": most} | machine())
+        print(f"{what:<24} {size:<22} median {median:>10} ms, min {least}, max {most}", flush=True)
 
     for n in (512, 1536, 2560):
         grad, mask = torch.randn(n, n), torch.rand(n, n) < 0.4
@@ -50,28 +46,22 @@ if __name__ == "__main__":
             "product with booleans": lambda g=grad, m=mask: g.mul_(m),
             "masked_fill_": lambda g=grad, m=mask: g.masked_fill_(~m, 0),
         }
-        times = {way: [] for way in ways}
-        for _ in range(30):
-            for way, function in ways.items():
-                times[way].append(milliseconds(function))
+        turns = [{way: milliseconds(function) for way, function in ways.items()} for _ in range(30)]
         for way in ways:
-            report(way, f"{n} x {n}", times[way][5:])
+            report(way, f"{n} x {n}", [turn[way] for turn in turns[5:]])
 
     module = nn.Sequential(*(nn.Linear(2560, 2560) for _ in range(flags.layers)))
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     sparsifier = Sparsifier(module, optimizer, update_interval=3, total_updates=1000)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
-    step, adam = [], []
-    for _ in range(6):
-        step.append(milliseconds(sparsifier.step))
-        adam.append(milliseconds(optimizer.step))
+    step, adam = zip(*((milliseconds(sparsifier.step), milliseconds(optimizer.step)) for _ in range(6)), strict=True)
     size = f"{flags.layers} x 2560 x 2560"
     report("step(), mask", size, [step[i] for i in (1, 3, 4)])  # the first one checks the weights
     report("step(), topology update", size, [step[i] for i in (2, 5)])
     report("AdamW", size, adam[1:])
     if flags.csv:
         with open(flags.csv, "w", newline="") as file:
-            columns = ["what", "size", "median_ms", "min_ms", "max_ms", "runs", "date", "machine", "torch"]
-            where = [datetime.date.today(), machine(), torch.__version__]
-            csv.writer(file, lineterminator="\n").writerows([columns, *(row + where for row in rows)])
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@300
 # A task of a Slurm array. `python -m experiments submit` starts it; by hand, from the root of the repository:
 #     sbatch --array=0-95 experiments/array.sh PYTHON OFFSET FIGURE [--runs-per-task K ...]
 # The task number is OFFSET plus the array index. Partition, account and so on come from sbatch's flags or SBATCH_*.
@@ -19,13 +19,11 @@ child=$!
 while :; do
     wait "$child"
     code=$?
-    # a signal ends `wait`, not the child
-    if [ "$code" -le 128 ] || ! kill -0 "$child" 2>/dev/null; then
-        break
-    fi
+    kill -0 "$child" 2>/dev/null || break # a signal ends `wait`, not the child
 done
+[ "$code" -le 128 ] || { wait "$child"; code=$?; } # the child's own code, if it ended just as the signal ended `wait`
 
-# 138: it ended by USR1 itself, before it could listen, or just as the signal ended `wait`
+# 138: it ended by USR1 itself, before it could listen
 if [ "$warned" ] && [ ! "$cancelled" ] && { [ "$code" -eq 75 ] || [ "$code" -eq 138 ]; }; then
     echo "the time limit is near: requeued"
     trap "" TERM # Slurm ends this script to requeue it

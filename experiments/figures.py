@@ -5,6 +5,7 @@ else differs from `DEFAULTS`. A run's name follows from its cell alone, so figur
 """
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,7 +94,7 @@ class Run:
     @property
     def directory(self) -> str:
         """Name of the run directory that the script makes."""
-        return f"{self.env.replace('/', '-')}__{self.exp_name}__{self.seed}"
+        return re.sub(r"[^\w.+=-]", "-", f"{self.env}__{self.exp_name}__{self.seed}")
 
     @property
     def script(self) -> str:

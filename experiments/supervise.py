@@ -48,8 +48,8 @@ def supervise(
 ) -> int:
     """Start the runs in their order, `side_by_side` at a time, and wait until all have ended.
 
-    A run that fails does not stop the others. SIGTERM, SIGINT and SIGUSR1 are passed on to all that live, and nothing
-    is started after them. Finished runs are not started, nor those that another process trains.
+    A run that fails does not stop the others. SIGTERM and SIGUSR1 are passed on to all that live, SIGINT as SIGTERM,
+    and nothing is started after them. Finished runs are not started, nor those that another process trains.
 
     Args:
         extra: flags added to each command line.
@@ -79,8 +79,8 @@ def supervise(
                 number = received.pop(0)
                 stopping = True
                 say(f"{signal.Signals(number).name}: waiting for {len(living)} runs to save their checkpoints")
-                for _, child, _ in living.values():
-                    child.send_signal(number)
+                for _, child, _ in living.values():  # Ctrl-C reaches them by itself, and a second SIGINT would end them
+                    child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
             while waiting and len(living) < side_by_side and not received and not stopping:
                 run = waiting.pop(0)

@@ -160,3 +160,29 @@ def test_preempted_warned_and_cancelled_tasks_give_the_bits_of_uninterrupted_run
         log = Path("runs", "logs", f"{run.directory}.log").read_text()
         assert int(log.split("at agent step ")[-1].split()[0].replace(",", "")) >= 250, log
     say("all bits are the same")
+
+
+TRAIN = """
+import pathlib, signal, sys, time
+checkpoint = pathlib.Path(sys.argv[-1])  # named by the seed
+stopped = []
+signal.signal(signal.SIGUSR1, lambda *_: stopped.append(True))
+print("resumed" if checkpoint.exists() else "started")
+while not stopped and not checkpoint.exists():
+    time.sleep(0.1)
+checkpoint.touch()
+sys.exit(75 if stopped else 0)
+"""
+
+
+def test_seeds_of_one_command_requeue_themselves_before_the_time_limit(cluster, monkeypatch):
+    Path("train.py").write_text(TRAIN)
+    for name, value in {"PYTHON": sys.executable, "SBATCH_SIGNAL": "B:USR1@50", "SBATCH_TIMELIMIT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    seeds = str(ROOT / "experiments" / "seeds.sh")
+    array = slurm("sbatch", "--parsable", "--array=0-1", seeds, "train.py", "--env", "a").strip()
+    wait("the queue is empty", lambda: not slurm("squeue", "--noheader"))
+    for seed in (0, 1):  # the array indices that this cluster allows
+        task = job(f"{array}_{seed}")
+        assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("COMPLETED", "1", "0:0")
+        assert Path(f"logs/train.py-env-a-seed-{seed}.log").read_text() == "started\nresumed\n"

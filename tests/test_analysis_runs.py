@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis.runs import load_figure, load_published, load_runs, size
+from analysis.runs import load_figure, load_runs, size
 from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
@@ -57,15 +57,10 @@ def test_evaluations_are_tidy(tmp_path):
     path = write(tmp_path, PRE)
     write(tmp_path, POST)
     loaded = load(tmp_path)
-    assert loaded.report() == ""
-    assert loaded.runs["state"].tolist() == ["complete", "complete"]
+    assert (loaded.report(), loaded.runs["state"].tolist()) == ("", ["complete", "complete"])
     found = loaded.evaluations[["residual", "seed", "agent_step", "env_step", "episode_return_mean"]].values.tolist()
-    assert found == [
-        ["pre", 1, 0, 0, 0],
-        ["pre", 1, 1250, 10_000, 10],
-        ["post", 1, 0, 0, 0],
-        ["post", 1, 1250, 10_000, 10],
-    ]
+    steps = [(0, 0, 0), (1250, 10_000, 10)]
+    assert found == [[residual, 1, *step] for residual in ("pre", "post") for step in steps]
     assert set(loaded.identity) < set(loaded.evaluations)
     assert loaded.runs[["directory", "wall_seconds", "git_commit"]].values.tolist()[0] == [str(path), 1.0, "abc"]
 
@@ -80,15 +75,13 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path, tail):
     assert f"damaged: eval.csv of {PRE.directory}, line 4 (left out)" in loaded.report()
 
 
-def test_other_columns_are_named(tmp_path):
+def test_damaged_files_are_named(tmp_path):
     path = write(tmp_path, PRE)
     (path / "eval.csv").write_text("step,return\n")
-    assert f"damaged: eval.csv of {PRE.directory}, line 1" in load(tmp_path).report()
-
-
-def test_a_damaged_config_is_named(tmp_path):
-    (write(tmp_path, PRE) / "config.json").write_text("{")
-    assert f"damaged: config.json of {PRE.directory}" in load(tmp_path).report()
+    (path / "config.json").write_text("{")
+    report = load(tmp_path).report()
+    assert f"damaged: eval.csv of {PRE.directory}, line 1" in report
+    assert f"damaged: config.json of {PRE.directory}" in report
     write(tmp_path, POST)
     loaded = load_runs(tmp_path)
     assert loaded.runs["exp_name"].tolist() == [POST.exp_name]
@@ -103,14 +96,18 @@ def test_other_arguments_than_declared_are_named(tmp_path):
     assert "log_interval" not in loaded.report()
 
 
-def test_a_value_logged_twice_by_a_resumed_run_counts_once(tmp_path):
-    tag = "plasticity/critic_srank"
-    path = write(tmp_path, PRE, scalars=[(tag, 50, 1), (tag, 100, 2), ("losses/critic_loss", 100, 9)])
-    log(path, [(tag, 100, 3), (tag, 150, 4)], suffix=".resumed")
-    found = load(tmp_path).scalars([tag, "absent"])
+def test_a_value_logged_twice_counts_once_and_peak_memory_is_the_largest_of_all_processes(tmp_path):
+    tag, memory = "plasticity/critic_srank", "charts/peak_memory_gib"
+    path = write(
+        tmp_path, PRE, scalars=[(tag, 50, 1), (tag, 100, 2), ("losses/critic_loss", 100, 9), (memory, 50, 3.5)]
+    )
+    log(path, [(tag, 100, 3), (tag, 150, 4), (memory, 100, 3)], suffix=".resumed")
+    loaded = load(tmp_path)
+    found = loaded.scalars([tag, "absent"])
     assert found[["residual", "tag", "agent_step", "value"]].values.tolist() == [
         ["pre", tag, 50, 1], ["pre", tag, 100, 3], ["pre", tag, 150, 4]
     ]  # fmt: skip
+    assert loaded.runs["peak_memory_gib"][0] == 3.5
 
 
 def test_a_record_cut_off_by_a_crash_ends_its_file(tmp_path):
@@ -124,12 +121,6 @@ def test_a_record_cut_off_by_a_crash_ends_its_file(tmp_path):
     assert load(tmp_path).scalars(["absent"]).empty
 
 
-def test_peak_memory_is_the_largest_value_of_all_processes(tmp_path):
-    path = write(tmp_path, PRE, scalars=[("charts/peak_memory_gib", 250, 2.5), ("charts/peak_memory_gib", 500, 3.5)])
-    log(path, [("charts/peak_memory_gib", 750, 3.0)], suffix=".resumed")
-    assert load(tmp_path).runs["peak_memory_gib"][0] == 3.5
-
-
 def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_size(tmp_path):
     loaded = load_figure("rigl", tmp_path, size="toy")
     assert sorted(set(loaded.runs["topology_update_interval"])) == [100, 1000, 10_000]  # 10 to 1000 in the toy runs
@@ -138,23 +129,16 @@ def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_siz
 
 
 def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
-    write(tmp_path, PRE)
+    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
     loaded = load_runs(tmp_path)
     row = loaded.runs.iloc[0]
-    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "cartpole-balance", "pre", 64)
+    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "gone-v9", "pre", 64)
+    assert np.isnan(row["parameters"]) and len(loaded.evaluations) == 2
+    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
     with pytest.raises(ValueError, match="give the folder that holds the run directories"):
         load_runs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="give the one that holds the run directories"):
         load(tmp_path / "nowhere")
-
-
-def test_published_curves_need_their_columns(tmp_path):
-    path = tmp_path / "published.csv"
-    path.write_text("env,algo,seed,agent_step,env_step,return\ndog-run,mrq,0,5000,10000,3.5\n")
-    assert load_published(path).values.tolist() == [["dog-run", "mrq", 0, 5000, 10000, 3.5]]
-    path.write_text("env,algo,seed,agent_step,env_step\n")
-    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
-        load_published(path)
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -179,14 +163,11 @@ def test_parameters_are_those_of_the_paper():
 def test_active_parameters_are_those_outside_the_masks(script, distribution):
     args = {"critic_regime": "dst", "actor_regime": "sst", "distribution": distribution, "width_scale": 0.1} | ENV
     module = importlib.import_module(script)
-    networks = module.Args(**args)
-    if hasattr(module, "fill_in"):
-        module.fill_in(networks)
-    agent = module.make_agent(networks, 67, 21, torch.device("cpu"))  # humanoid's observation and action
-    counted = size(script, dataclasses.asdict(networks))
+    agent = module.Agent(module.Args(**args), 67, 21, torch.device("cpu"))  # humanoid's observation and action
+    counted = size(script, dataclasses.asdict(agent.args))
     for name in ("critic", "actor"):
         parameters = sum(p.numel() for p in getattr(agent, name).parameters())
-        zeros = sum(int((~mask).sum()) for mask in agent.sparsifier[name].masks.values())
+        zeros = sum(int((~mask).sum()) for mask in agent.sparsifiers[name].masks.values())
         assert counted[f"{name}_parameters"] == parameters
         assert counted[f"{name}_active"] == parameters - zeros
 
@@ -203,23 +184,9 @@ def test_flops_are_two_per_weight_and_sample():
     assert counted["encoder_sparse_flops"] == counted["encoder_flops"] == 2 * weights
 
 
-@pytest.mark.parametrize(
-    "regime, share",
-    [
-        ("s2d", 1 / 3),  # the mean of (1 - x)^2
-        ("d2s", 0.6 * 2 / 3 + 0.2),  # 0 for a fifth of training, then the mean of 1 - (1 - x)^2, then 1 for a fifth
-    ],
-)
+@pytest.mark.parametrize(("regime", "share"), [("s2d", 1 / 3), ("d2s", 0.6 * 2 / 3 + 0.2)])
 def test_a_schedule_counts_with_its_mean(regime, share):
+    """s2d: the mean of (1 - x)^2; d2s: 0 for a fifth of training, the mean of 1 - (1 - x)^2, then 1 for a fifth."""
     args = ENV | {"critic_regime": regime, "critic_sparsity": 0.5, "distribution": "uniform"}
-    weights = 2 * (3 * 512 * 512 + 512)
     counted = size("mst_mrq", args)
-    assert counted["critic_sparse_flops"] == pytest.approx(2 * weights * (1 - 0.5 * share), rel=1e-5)
-
-
-def test_an_environment_that_cannot_be_made_is_named(tmp_path):
-    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
-    loaded = load_runs(tmp_path)
-    assert np.isnan(loaded.runs["parameters"]).all()
-    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
-    assert len(loaded.evaluations) == 2
+    assert counted["critic_sparse_flops"] == pytest.approx(counted["critic_flops"] * (1 - 0.5 * share), rel=1e-5)

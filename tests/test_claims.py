@@ -24,19 +24,20 @@ class Made(Loaded):
         return self.evaluations.rename(columns={"episode_return_mean": "value"})
 
 
-def made(figure, score, spread=lambda cell: 1, seeds=8, without=()):
+def made(figure, score=lambda cell: 100, spread=lambda cell: 1, seeds=8, without=()):
     """The runs of a figure: from 100 to score(all flags of the cell) + spread(those) * the noise of the seed."""
     rows = []
     for run in figures.runs(figure, seeds=seeds):
         cell, state = figures.DEFAULTS | run.cell, "missing" if run.directory in without else "complete"
         row = {"env": run.env, "seed": run.seed, **cell, "exp_name": run.exp_name, "directory": run.directory}
+        size = np.prod([float(value) ** 2 for flag, value in run.cell.items() if flag.endswith("scale")]) * 1e6
+        row |= {f"{module}parameters": size for module in ("", "encoder_", "critic_", "actor_")}
         rows.append(row | {"state": state, "final": score(cell) + spread(cell) * NOISE[run.seed - 1]})
     runs = pd.DataFrame(rows)
-    flags = list(cell.keys() - {"script"})
-    loaded = Made(figure, flags, runs, pd.DataFrame())
+    loaded = Made(figure, list(cell.keys() - {"script"}), runs, pd.DataFrame())
     done = runs[runs["state"] == "complete"]
     curves = [
-        done[loaded.identity].assign(agent_step=step, episode_return_mean=done["final"] if step else 100)
+        done[loaded.identity].assign(agent_step=step, episodes=10, episode_return_mean=done["final"] if step else 100)
         for step in (0, 500_000)
     ]
     loaded.evaluations = pd.concat(curves, ignore_index=True)
@@ -122,15 +123,21 @@ def test_effect_and_interval_are_those_of_the_iqm_over_both_tasks():
 
 
 @pytest.mark.parametrize("figure", {claims: figure for figure, claims in CLAIMS.items()}.values())  # one for each claim
-def test_noise_decides_nothing(figure):
-    loaded = made(figure, lambda cell: 50 if figure == "fig03" else 100, spread=lambda cell: 3)
-    assert {verdict.verdict for verdict in verdicts(loaded)} == {UNDECIDED}
+def test_noise_decides_nothing_and_no_runs_give_no_warning(figure):
+    score = {"score": lambda cell: 50 if figure == "fig03" else 100, "spread": lambda cell: 3}
+    assert {verdict.verdict for verdict in verdicts(made(figure, **score))} == {UNDECIDED}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = verdicts(made(figure, **score, without=[run.directory for run in figures.runs(figure)]))
+    assert {verdict.verdict for verdict in found} == {TOO_FEW}
+    assert all(verdict.missing.startswith("missing: ") for verdict in found)
 
 
 def test_a_tie_confirms_at_least_as_good_but_not_better():
-    tied = {"spread": lambda cell: 0, "score": lambda cell: 100}  # every interval is [0, 0]
-    assert {verdict.verdict for verdict in verdicts(made("fig17", **tied))} == {CONFIRMED}
-    assert {verdict.verdict for verdict in verdicts(made("fig11", **tied))} == {UNDECIDED}
+    found = [
+        {verdict.verdict for verdict in verdicts(made(figure, spread=lambda cell: 0))} for figure in ("fig17", "fig11")
+    ]
+    assert found == [{CONFIRMED}, {UNDECIDED}]  # every interval is [0, 0]
 
 
 def test_a_missing_run_leaves_open_what_all_runs_would_say():
@@ -141,7 +148,7 @@ def test_a_missing_run_leaves_open_what_all_runs_would_say():
 
 
 def test_fewer_than_five_runs_decide_nothing():
-    (verdict, _) = verdicts(made("fig11", ladder(mrq=100, res=200, mst=300), seeds=4))
+    verdict, _ = verdicts(made("fig11", ladder(mrq=100, res=200, mst=300), seeds=4))
     assert (verdict.verdict, verdict.effect) == (TOO_FEW, 100)
     assert verdict.missing == "a verdict needs 5 runs of each cell on each task"
 
@@ -162,18 +169,12 @@ def test_a_missing_run_is_named_and_a_missing_task_decides_nothing():
     assert other.verdict == CONFIRMED  # scale 3 has all its runs
 
 
-def test_a_short_run_does_not_count():
+def test_a_short_run_does_not_count_and_a_cell_left_out_of_the_choice_is_named():
     loaded = made("fig17", by("residual", pre=50, post=0))
     loaded.runs.loc[0, "state"] = "short"
     verdict, _ = verdicts(loaded)
-    assert (verdict.missing, list(verdict.n.values())) == (
-        f"missing: dog-run__{loaded.runs['exp_name'][0]} (7 of 8)",
-        [15, 16],
-    )
-
-
-def test_a_cell_left_out_of_the_choice_is_named():
-    loaded = made("fig17", lambda cell: 100)
+    assert verdict.missing == f"missing: dog-run__{loaded.runs['exp_name'][0]} (7 of 8)"
+    assert list(verdict.n.values()) == [15, 16]
     loaded.runs = loaded.runs[loaded.runs["residual"] == "pre"]
     assert "residual post (not among the chosen runs)" in verdicts(loaded)[0].missing
 
@@ -191,13 +192,3 @@ def test_a_cell_taken_twice_is_refused():
     for cells in ([cell, cell], [{"critic_scale": 1}]):  # the second is both pre and post
         with pytest.raises(ValueError, match="choose each cell of a comparison once"):
             evidence("claim", "what", cells, lambda scores: scores.mean(0))
-
-
-@pytest.mark.parametrize("figure", CLAIMS)
-def test_no_runs_give_no_verdict_and_no_warning(figure):
-    everything = [run.directory for run in figures.runs(figure)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = verdicts(made(figure, lambda cell: 100, without=everything))
-    assert {verdict.verdict for verdict in found} == {TOO_FEW}
-    assert all(verdict.missing.startswith("missing: ") for verdict in found)

@@ -15,11 +15,8 @@ TAG = "plasticity/critic_srank"
 @pytest.fixture
 def runs_dir(tmp_path):
     """Two experiments on cartpole-balance, one of them on another task too. A run's returns are 0, 10 and 20."""
-    for env, name, seeds in (
-        ("cartpole-balance", "mst_sac-dst", 3),
-        ("cartpole-balance", "mst_sac", 1),
-        ("b", "mst_sac", 1),
-    ):
+    cartpole = "cartpole-balance"
+    for env, name, seeds in ((cartpole, "mst_sac-dst", 3), (cartpole, "mst_sac", 1), ("b", "mst_sac", 1)):
         for seed in range(1, seeds + 1):
             scalars = [(TAG, step, seed) for step in range(1000)]
             path = write(tmp_path, Run(PRE.cell, env, seed, "toy"), (0, 250, 1250), scalars, exp_name=name)
@@ -39,12 +36,9 @@ def test_seeds_are_together_by_environment_and_experiment(runs_dir):
     assert len(table) == 3 * 3 + 5 * 3  # five runs of three evaluations
     (three,) = final(values(load_runs(*runs_dir.glob("*dst*"), sizes=False)), "mean", last=2).to_dict("records")
     assert (three["n"], three["agent_steps"], three["value"]) == (3, "1,250", (10 + 10 + 10 + 20 + 20 + 50) / 6)
-
-
-def test_a_metric_that_was_logged_often_is_averaged(runs_dir):
-    found = values(load_runs(runs_dir, sizes=False), TAG)
-    assert found.groupby("directory").size().max() <= BINS + 1
-    assert set(found["value"]) == {1, 2, 3}
+    logged = values(load_runs(runs_dir, sizes=False), TAG)  # often, so it is averaged
+    assert logged.groupby("directory").size().max() <= BINS + 1
+    assert set(logged["value"]) == {1, 2, 3}
 
 
 def test_a_panel_per_environment_and_a_line_per_experiment_and_seed(runs_dir):
@@ -66,11 +60,16 @@ def test_files_are_written_and_the_final_returns_printed(runs_dir, tmp_path, cap
     assert sorted(path.name for path in (tmp_path / "web").iterdir()) == ["a.csv", "a.svg"]
 
 
-@pytest.mark.parametrize(
-    ("line", "part"),
-    [([], "give the folder that holds"), (["--metric", "no/such"], "none of these runs has a no/such")],
-)
-def test_without_runs_or_values_it_says_so(runs_dir, tmp_path, capsys, line, part):
-    with pytest.raises(SystemExit, match="2"):
-        main([str(runs_dir if line else tmp_path / "nowhere"), *line])
-    assert part in capsys.readouterr().err
+def test_without_runs_or_values_it_says_so(runs_dir, capsys):
+    for line, part in (([str(runs_dir / "no")], "give the folder"), ([str(runs_dir), "--metric", "a/b"], "has a a/b")):
+        with pytest.raises(SystemExit, match="2"):
+            main(line)
+        assert part in capsys.readouterr().err
+
+
+def test_a_real_run_is_loaded_whole(reference):
+    loaded = load_runs(reference)
+    assert loaded.report() == ""
+    assert loaded.runs["state"].tolist() == ["complete"]
+    assert loaded.runs["parameters"].item() > 0
+    assert len(values(loaded)) == len(values(loaded, TAG)) + 1  # diagnostics come with each evaluation but the first

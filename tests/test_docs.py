@@ -1,11 +1,14 @@
-"""The README's code runs, and the documented metrics are those that a run logs."""
+"""The commands in README and docs are taken, their flags and links exist, and documented metrics are those of a run."""
 
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from analysis import figure
@@ -14,76 +17,61 @@ from experiments.figures import runs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"]
+PAGES = ["README.md", "results/README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 
 
-def test_the_readmes_training_loop_runs(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    exec(snippet, {})
-    # 500 steps, a topology update every 100; 0.6 of 65 * 512 + 512 * 512 weights, one count rounded down per layer
-    assert capsys.readouterr().out == "sparsity 0.600 after 5 topology updates\n"
+def commands(program: str) -> list[list[str]]:
+    """The words behind this program in every indented line of code, up to `--` or a comment."""
+    found = re.findall(rf"^    {program}(.*)", "\n".join(TEXT.values()), flags=re.MULTILINE)
+    return list(map(list, dict.fromkeys(tuple(shlex.split(line.split(" -- ")[0], comments=True)) for line in found)))
 
 
-COMMANDS = [
-    line.split() for line in re.findall(r"^    python (mst_.*)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-]
+@pytest.mark.parametrize("command", commands("python (?=mst_)"), ids=" ".join)
+def test_the_scripts_take_the_documented_commands(command):
+    script = importlib.import_module(command[0].removesuffix(".py"))
+    if command[1:] != ["--help"]:
+        script.check(tyro.cli(script.Args, args=command[1:]))  # ends with an error if it does not
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_the_readmes_commands_start(command, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [*command, *([] if "--dry-run" in command else ["--dry-run"])])
-    assert importlib.import_module(command[0].removesuffix(".py")).main() == 0
-    if "--scale 5" in " ".join(command):
-        assert "371,147,560" in capsys.readouterr().out  # the whole agent on dog, without the predictor
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/sparse_utils.md", *(f"docs/{name}.md" for name in DOCUMENTED)])
-def test_commands_and_flags_in_the_docs_exist(page):
-    text = (ROOT / page).read_text()
-    commands = re.findall(r"^(?: {4}|.*`)python (mst_\w+\.py)([^`|\n]*)", text, flags=re.MULTILINE)
-    names = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
-    known = {f"--{name.replace('_', '-')}" for name in names}
-    known |= {"--env", "--help", "--logdir", "--no-cuda", "--no-diagnostics", "--no-clipped-double-q"}
-    for script, flags in commands:
-        assert (ROOT / script).exists()
-        assert {flag for flag in shlex.split(flags, comments=True) if flag.startswith("--")} <= known
-    mentioned = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", text))
-    assert mentioned <= known
-    for link in re.findall(r"\]\(([\w/.]+\.md)\)", text):
-        assert (ROOT / page).parent.joinpath(link).exists()
-
-
-PAGES = ["README.md", "docs/experiments.md", "docs/figures.md"]
-
-
-def lines(module: str) -> list[list[str]]:
-    """The arguments of every `python -m <module>` on these pages, up to `--`."""
-    text = "\n".join((ROOT / page).read_text() for page in PAGES)
-    found = re.findall(rf"^    python -m {re.escape(module)} (.*)", text, flags=re.MULTILINE)
-    return [shlex.split(line.split(" -- ")[0], comments=True) for line in found]
-
-
-@pytest.mark.parametrize("line", lines("experiments"), ids=" ".join)
-def test_experiments_takes_the_documented_commands(line):
-    args = make_parser().parse_args(line)  # ends with an error if it does not
+@pytest.mark.parametrize("command", commands("python -m experiments "), ids=" ".join)
+def test_experiments_takes_the_documented_commands(command):
+    args = make_parser().parse_args(command)  # ends with an error if it does not
     assert args.command == "list" or runs(args.figure, args.size, args.envs, args.seeds, dict(args.only))
 
 
-@pytest.mark.parametrize("line", lines("analysis.figure"), ids=" ".join)
-def test_figure_takes_the_documented_commands(line, tmp_path, capsys):
+@pytest.mark.parametrize("command", commands("python -m analysis.figure "), ids=" ".join)
+def test_figure_takes_the_documented_commands(command, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        figure.main([*line, "--runs", str(tmp_path / "nowhere")])
+        figure.main([*command, "--runs", str(tmp_path / "nowhere")])
     assert "nowhere is no folder" in capsys.readouterr().err  # the first complaint after the arguments
 
 
-@pytest.fixture(params=DOCUMENTED)
-def script(request):
-    return request.param
+def test_speed_takes_the_documented_commands():
+    documented = {flag for line in commands("python benchmarks/speed.py") for flag in line if flag.startswith("--")}
+    assert documented
+    line = [sys.executable, ROOT / "benchmarks/speed.py", "--help"]
+    known = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert documented <= set(re.findall(r"--[a-z-]+", known))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_files_and_flags_of_a_page_exist(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT[page])
+    files = re.findall(r"`((?:benchmarks|docs|experiments|analysis|tests)/[\w/]+\.\w+)`", TEXT[page])
+    assert [x for x in links if not (ROOT / page).parent.joinpath(x).exists()] == []
+    assert [x for x in files if not (ROOT / x).exists()] == []
+    if page == "README.md" or re.fullmatch(r"docs/(mst_\w+|performance)\.md", page):  # pages about the scripts alone
+        fields = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
+        known = {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")} | {"--env", "--help"}
+        code = re.findall(r"`[^`\n]+`", re.sub(r"^    .*", "", TEXT[page], flags=re.MULTILINE))
+        code = [x for x in code if ("mst_" in x and "seeds.sh" not in x) or not re.search(r"experiments|analysis|benchmarks|sbatch|logdir", x)]
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code))) <= known
 
 
 def documented(script: str) -> set[str]:
     """The tags in the table of a script's page, and of MR.Q's where the page refers to it."""
-    page = (ROOT / "docs" / f"{script}.md").read_text()
+    page = TEXT[f"docs/{script}.md"]
     tags = documented("mst_mrq") if "Those of [mst_mrq](mst_mrq.md), and:" in page else set()
     for row in re.findall(r"^\| (`[a-z]+/.*?) \|", page, flags=re.MULTILINE):
         for tag in re.findall(r"`(.*?)`", row):
@@ -91,20 +79,12 @@ def documented(script: str) -> set[str]:
     return tags
 
 
-@pytest.fixture
-def tags(reference) -> dict[str, list[str]]:
-    """The tags that a run has logged, by kind."""
+@pytest.fixture(scope="session", params=DOCUMENTED)
+def script(request):
+    return request.param
+
+
+def test_the_documented_metrics_are_those_of_a_run(reference, script):
     events = EventAccumulator(str(reference))
     events.Reload()
-    return events.Tags()
-
-
-def test_the_documented_metrics_are_those_of_a_run(tags, script):
-    assert documented(script) == set(tags["scalars"])
-
-
-def test_every_custom_chart_shows_one_metric(tags, script):
-    assert "custom_scalars__config__" in tags["tensors"]
-    for row in importlib.import_module(script).tensorboard_layout().values():
-        for _, (pattern,) in row.values():  # TensorBoard matches it from the start of a tag
-            assert len([tag for tag in tags["scalars"] if re.match(pattern, tag)]) == 1, pattern
+    assert documented(script) == set(events.Tags()["scalars"])

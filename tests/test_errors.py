@@ -20,7 +20,7 @@ REFUSED = {  # and words of the one line
     "--weight-decay inf": "--weight-decay inf",
     "--seed -1": "--seed -1",
     "--exp-name a/b": "--exp-name a/b names a folder",
-    "--q-horizon 6": "--q-horizon is larger than --encoder-horizon",
+    "--q-horizon 6": "--encoder-horizon must be at least --q-horizon",
     "--cuda": "--cuda needs a GPU that torch sees: train with --no-cuda",
     "--env dog-rum": "no dog-rum",
     "--env walker": "no walker",

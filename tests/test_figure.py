@@ -2,17 +2,17 @@
 
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import test_claims
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from analysis import figure
-from analysis.figure import COLUMN, FORMS, PAGE, SMALL, Options, costs, draw, main, numbers, over_steps, prepare, save
+from analysis.figure import COLUMN, FORMS, PAGE, SMALL, Options, draw, main, numbers, over_steps, prepare, save
 from analysis.runs import Loaded, load_figure
 from experiments import figures
 
@@ -33,40 +33,10 @@ def runs_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def fig12(runs_dir) -> Loaded:
-    return load_figure("fig12", runs_dir)
-
-
-@dataclass
-class Made(Loaded):
-    """A loaded figure without files: TensorBoard values like the returns."""
-
-    def scalars(self, tags):
-        return self.evaluations.rename(columns={"episode_return_mean": "value"}).assign(tag=tags[0])
-
-
-def made(name: str, seeds: int = 2, lost: int = 0) -> Made:
-    """All runs of a figure but the `lost` last, with random returns at four agent steps."""
-    rng, rows = np.random.default_rng(0), []
+def made(name: str, seeds: int = 2, lost: int = 0) -> Loaded:
+    """All runs of a figure but the `lost` last."""
     chosen = figures.runs(name, seeds=seeds)
-    for i, run in enumerate(chosen):
-        size = np.prod([float(value) ** 2 for flag, value in run.cell.items() if flag.endswith("scale")]) * 1e6
-        sizes = {f"{module}parameters": size for module in ("", *(f"{module}_" for module in figures.MODULES))}
-        state = {"state": "complete" if i < len(chosen) - lost else "missing", "wall_seconds": 1e4}
-        costs = {"active": size, "flops": 2 * size, "sparse_flops": size, "peak_memory_gib": 2.0}
-        known = {"env": run.env, "seed": run.seed, "exp_name": run.exp_name, "directory": run.directory}
-        rows.append({**figures.DEFAULTS, **run.cell, **known, **sizes, **state, **costs})
-    runs = pd.DataFrame(rows)
-    done = runs[runs["state"] == "complete"]
-    steps = [
-        done.assign(agent_step=step, episodes=10, episode_return_mean=rng.uniform(0, 900, len(done)))
-        for step in (0, 100_000, 200_000, 500_000)
-    ]
-    evaluations = pd.concat(steps, ignore_index=True)
-    last = ["agent_step", "episodes", "episode_return_mean"]  # identity first, as loading gives it
-    evaluations = evaluations[[*evaluations.columns.drop(last), *last]]
-    return Made(name, [], runs, evaluations)
+    return test_claims.made(name, seeds=seeds, without=[run.directory for run in chosen[len(chosen) - lost :]])
 
 
 def texts(drawn) -> list[str]:
@@ -74,13 +44,14 @@ def texts(drawn) -> list[str]:
 
 
 @pytest.mark.parametrize(("statistic", "value"), [("iqm", 4.5), ("mean", 16)])
-def test_a_bar_is_the_statistic_of_the_final_returns(fig12, statistic, value):
-    table = numbers(fig12, "fig12", statistic).set_index(["column", "point"])
-    bar = table.loc["distribution", "uniform"]
+def test_a_bar_is_the_statistic_of_the_final_returns(runs_dir, statistic, value):
+    bar = (
+        numbers(load_figure("fig12", runs_dir), "fig12", statistic)
+        .set_index(["column", "point"])
+        .loc["distribution", "uniform"]
+    )
     assert (bar["value"], bar["n"], bar["expected"]) == (value, 8, 8)
     assert 1 <= bar["low"] < value < bar["high"] <= 100
-    sparsities = [point for column, point in table.index if column == "critic_sparsity"]
-    assert sparsities == ["0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]
 
 
 def test_a_missing_seed_is_named_and_marked(runs_dir):
@@ -111,16 +82,10 @@ def test_curves_take_short_runs_in_as_far_as_they_go():
     assert found["low"].notna().tolist() == [True, False]  # a single run has no interval
 
 
-def test_tasks_are_pooled_and_the_return_has_a_row_for_each():
-    loaded = made("fig11", seeds=1)
-    table = numbers(loaded, "fig11")
-    counts = table.groupby("row")["n"].unique().map(list).to_dict()
-    assert counts == {
-        "Return, dog-run": [1], "Return, humanoid-run": [1], "Critic srank": [2], "Critic dormant ratio": [2],
-    }  # fmt: skip
-
-
-def test_a_run_is_shown_in_all_panels_it_belongs_to():
+def test_tasks_are_pooled_the_return_has_a_row_for_each_and_a_run_is_in_all_panels_it_belongs_to():
+    counts = numbers(made("fig11", seeds=1), "fig11").groupby("row")["n"].unique().map(list).to_dict()
+    returns = {"Return, dog-run": [1], "Return, humanoid-run": [1]}
+    assert counts == returns | {"Critic srank": [2], "Critic dormant ratio": [2]}
     table = numbers(made("fig13", seeds=1), "fig13")
     smallest = table[(table["point"] == 1) & (table["column"] == "dog-run") & (table["series"] == "MST")]
     assert sorted(smallest["row"]) == sorted(f"{a}, {d}" for a in ("SAC", "DDPG") for d in ("width", "depth", "both"))
@@ -129,7 +94,7 @@ def test_a_run_is_shown_in_all_panels_it_belongs_to():
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_drawn_for_print(name):
-    loaded = made(name, seeds=1, lost=2)
+    loaded, form = made(name, seeds=1, lost=2), FORMS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = numbers(loaded, name)
@@ -139,21 +104,18 @@ def test_every_figure_is_drawn_for_print(name):
     assert width in (COLUMN, PAGE)
     assert height < 9  # of a page
     box = drawn.get_tightbbox()
-    assert box.x0 >= 0
-    assert box.y0 >= 0
-    assert box.x1 <= width
-    assert box.y1 <= height
+    assert (box.min >= 0).all() and (box.max <= (width, height)).all()
     assert min(text.get_fontsize() for text in drawn.findobj(Text) if text.get_text()) >= SMALL
-    expected = len(table[["row", "column"]].drop_duplicates())
-    assert len(drawn.get_axes()) == expected
+    assert len(drawn.get_axes()) == len(table[["row", "column"]].drop_duplicates())
+    assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
+    assert texts(drawn).count("no run") == (table["n"] == 0).sum() * (form.kind == "bars")
     for ax in drawn.get_axes():
-        axes = [ax.yaxis] if FORMS[name].kind == "bars" else [ax.xaxis, ax.yaxis]
-        for axis in axes:
+        for axis in [ax.yaxis] if form.kind == "bars" else [ax.xaxis, ax.yaxis]:
             low, high = axis.get_view_interval()
             assert ((axis.get_ticklocs() >= low) & (axis.get_ticklocs() <= high)).sum() >= 3
-        markers = [line for line in ax.lines if line.get_marker() != "None"]
-        assert not any(line.get_clip_on() for line in markers)
-    assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
+        if form.kind == "lines":  # all sizes are labelled
+            assert sum(bool(text.get_text()) for text in ax.get_xticklabels()) == table["point"].nunique()
+        assert not any(line.get_clip_on() for line in ax.lines if line.get_marker() != "None")
 
 
 def test_a_panel_without_runs_has_the_axis_of_the_others():
@@ -163,19 +125,19 @@ def test_a_panel_without_runs_has_the_axis_of_the_others():
     assert type1.get_xlim() == type6.get_xlim()
 
 
-def legend(name: str) -> dict[str, tuple]:
-    drawn = draw(name, numbers(made(name, seeds=1), name), "caption")
-    handles = [handle for part in drawn.subfigs for entry in part.legends for handle in entry.legend_handles]
-    return {handle.get_label(): handle for handle in handles}
-
-
 def test_a_regime_has_one_colour_in_all_figures_patches_for_bars_and_the_papers_markers_for_lines():
+    def legend(name: str) -> dict:
+        drawn = draw(name, numbers(made(name, seeds=1), name), "")
+        return {handle.get_label(): handle for entry in drawn.legends for handle in entry.legend_handles}
+
     lines = {name: (line.get_color(), line.get_marker()) for name, line in legend("fig04").items()}
     assert [marker for _, marker in lines.values()] == ["o", "s", "D", "<", ">"]  # the paper's
     bars = {name: to_hex(patch.get_facecolor()).upper() for name, patch in legend("fig05").items()}
     assert bars == {name: color for name, (color, _) in lines.items()}
     assert list(bars) == ["Dense", "SST", "DST", "S2D", "D2S"]
-    assert legend("fig14")["MST"].get_color() == legend("fig26")["MST"].get_color() not in bars.values()
+    scaled = legend("fig26")
+    assert legend("fig14")["MST"].get_color() == scaled["MST"].get_color() not in bars.values()
+    assert [line.get_linestyle() for line in scaled.values()] == ["--", "-"]  # dense dashed against MST
 
 
 def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
@@ -192,22 +154,20 @@ def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
     assert [line for line, *_ in places].count(places[-1][0]) == 2
 
 
-def test_a_bar_without_runs_says_so():
-    table = numbers(made("fig12", seeds=1, lost=1), "fig12")
-    assert texts(draw("fig12", table, "")).count("no run") == 1
-
-
-def test_all_sizes_are_labelled():
-    drawn = draw("sparsity", numbers(made("sparsity"), "sparsity"), "")
-    assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["0.5", "0.6", "0.7", "0.8", "0.9", "0.95"]
-
-
-def test_dense_is_dashed_against_mst():
-    drawn = draw("fig26", numbers(made("fig26", seeds=1), "fig26"), "")
-    styles = {(line.get_color(), line.get_linestyle()) for line in drawn.get_axes()[0].lines} - {
-        (color, "None") for color in (figure.LOOKS["dense"].color, figure.LOOKS["MST"].color)
-    }
-    assert styles == {(figure.LOOKS["dense"].color, "--"), (figure.LOOKS["MST"].color, "-")}
+def test_the_documented_study_has_runs_and_a_drawing(monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+    monkeypatch.setattr(figure, "FORMS", dict(FORMS))
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    (study,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert study.count("\n") <= 10
+    exec(study, {**vars(figure), **vars(figures)})
+    first, *_ = chosen = figures.runs("first-steps", "small")
+    assert (len(chosen), first.directory) == (
+        3 * 2 * 5, "cheetah-run__small-mrq-e6s1dense-c6s1dst-a5s1sst-learning_starts_1000__1"
+    )  # fmt: skip
+    assert " --hidden-dim 128 " in " ".join(first.arguments())
+    drawn = draw("first-steps", numbers(made("first-steps"), "first-steps"), "")
+    assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["1k", "5k", "20k"]
 
 
 def test_files_suit_a_paper_and_repeat(runs_dir, tmp_path):
@@ -226,28 +186,21 @@ def test_files_suit_a_paper_and_repeat(runs_dir, tmp_path):
     assert [path.read_bytes() for path in second] == [png, pdf, csv, text]
 
 
-def test_costs_are_hours_memory_and_flops_of_each_cell(fig12):
-    table = costs(fig12, "fig12").set_index("cell")
+def test_costs_are_hours_or_minutes_memory_and_flops_of_each_cell(runs_dir, tmp_path, capsys):
+    assert main(["fig12", "--cost", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.iterdir()} == {"fig12-cost"}
+    table = pd.read_csv(tmp_path / "fig12-cost.csv").set_index("cell", drop=False)
     cell = table.loc["Growth criterion, SET"]
-    assert cell[["hours", "hours_low", "hours_high", "n"]].tolist() == [4, 1, 7, 7]  # seeds 1 to 7 took as many hours
+    hours = ["hours", "hours_low", "hours_high"]
+    assert cell[[*hours, "n"]].tolist() == [4, 1, 7, 7]  # seeds 1 to 7 took as many hours
     assert cell["parameters"] == 371_147_560  # the paper's 362M, with the encoder's predictor left out
     saved = 1 - table["sparse_flops"] / table["flops"]
     few, many = (saved[f"Sparsity of critic and actor, {sparsity}"] for sparsity in (0.2, 0.8))
     assert many == pytest.approx(4 * few, rel=1e-4)
-    assert table["flops"].nunique() == 1
-
-
-def test_the_costs_are_drawn_in_hours_or_minutes(runs_dir, tmp_path, capsys):
-    assert main(["fig12", "--cost", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [f"fig12-cost.{end}" for end in ("csv", "pdf", "png", "txt")]
-    table = pd.read_csv(tmp_path / "fig12-cost.csv")
-    assert "Growth criterion, SET" in list(table["cell"])
     assert "Wall-clock time (h)" in texts(figure.draw_costs("fig12", table, ""))
-    hours = ["hours", "hours_low", "hours_high"]
     table[hours] /= 60 * 8
     minutes = figure.draw_costs("fig12", table, "")
-    assert "Wall-clock time (min)" in texts(minutes)
+    assert {"Wall-clock time (min)", "Peak memory: not logged"} <= set(texts(minutes))
     assert 1 <= minutes.axes[0].get_xlim()[1] < 1.2  # seed 8 now took a minute
 
 
@@ -275,17 +228,11 @@ def test_published_curves_are_laid_over(tmp_path):
     others = [("dog-run", "sac", 1, 0, 0, 1.0), ("walker-walk", "mrq", 1, 0, 0, 1.0)]
     pd.DataFrame(rows + others, columns=columns).to_csv(path, index=False)
     found = figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
-    assert found[["row", "series", "x", "value", "n"]].values.tolist() == [
-        ["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)
-    ]
-
-
-def test_without_runs_the_command_to_start_them_is_named(tmp_path, capsys):
-    assert main(["fig06", "--toy", "--only", "critic-arch=4,6", "--runs", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: no run of fig06 in {tmp_path}: start with "
-        f"python -m experiments run fig06 --toy --only critic-arch=4,6 --runs-dir {tmp_path}"
-    )
+    expected = [["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)]
+    assert found[["row", "series", "x", "value", "n"]].values.tolist() == expected
+    path.write_text("env,algo,seed,agent_step,env_step\n")
+    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
+        figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
 
 
 def test_all_draws_what_has_runs_and_names_the_rest(runs_dir, tmp_path, capsys, monkeypatch):
@@ -293,23 +240,24 @@ def test_all_draws_what_has_runs_and_names_the_rest(runs_dir, tmp_path, capsys, 
     assert main(["all", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert {path.stem for path in tmp_path.iterdir()} == {"fig12"}
-    assert "not enough runs" in out  # a verdict
+    assert "RigL >= SET: not enough runs" in out  # a seed is missing
     assert "skipped: no run of fig14" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig12", "--runs", "nowhere"], "error: nowhere is no folder: give --runs the one that holds"),
-        (["fig99"], "error: argument FIGURE: invalid choice: 'fig99'"),
-        (["fig12", "--only", "growth"], "growth is not of the form FLAG=V1,V2"),
-        (["fig12", "--published", "x.csv"], "fig12 has no learning curves of the return"),
-        (["fig12", "--only", "growth=sgd"], "no cell of fig12 has growth sgd"),
+        ("fig12 --runs nowhere", "error: nowhere is no folder: give --runs the one that holds"),
+        ("fig99", "error: argument FIGURE: invalid choice: 'fig99'"),
+        ("fig12 --only growth", "growth is not of the form FLAG=V1,V2"),
+        ("fig12 --published x.csv", "fig12 has no learning curves of the return"),
+        ("fig12 --only growth=sgd", "no cell of fig12 has growth sgd"),
+        ("fig06 --toy --only critic-arch=4", "start with python -m experiments run fig06 --toy --only critic-arch=4"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, runs_dir, capsys):
     try:
-        code = main([*arguments, *([] if "--runs" in arguments else ["--runs", str(runs_dir)])])
+        code = main([*arguments.split(), *([] if "--runs" in arguments else ["--runs", str(runs_dir)])])
     except SystemExit as stop:
         code = stop.code
     assert code == 2

@@ -6,19 +6,9 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedBatch
 
-import mst_mrq
-from mst_mrq import (
-    Actor,
-    Agent,
-    Args,
-    Batch,
-    BlockMLP,
-    ReplayBuffer,
-    diagnose,
-    make_networks,
-    n_step_return,
-)
+from mst_mrq import Actor, Agent, Args, Batch, BlockMLP, ReplayBuffer, diagnose, make_networks, n_step_return
 
+CPU = torch.device("cpu")
 HUMANOID, DOG = (67, 21), (223, 38)
 
 
@@ -45,22 +35,13 @@ def test_networks_have_the_papers_parameter_counts(scale, encoder, predictor, cr
         assert sum(parameters(network) for network in networks) - head == agent[i]
 
 
-@pytest.mark.parametrize(
-    ("critic_scale", "critic"), [(1, 2_625_538), (3, 33_054_722), (5, 138_997_762)]
-)  # "3/33/139M" of Fig. 6, on an encoder of scale 3
-def test_a_module_can_have_a_scale_of_its_own(critic_scale, critic):
+def test_the_most_specific_scale_of_a_module_counts():
     with torch.device("meta"):
-        networks = make_networks(Args(encoder_scale=3, critic_scale=critic_scale), *HUMANOID)
-    assert parameters(networks[1]) == critic
-    assert parameters(networks[2]) == 1_323_029  # an actor of scale 1 on zs of scale 3, Fig. 9
-
-
-def test_the_most_specific_scale_counts():
-    args = Args(scale=2, width_scale=3, depth_scale=4, critic_scale=5, actor_width_scale=0.5)
-    with torch.device("meta"):
-        encoder, critic, actor = make_networks(args, *HUMANOID)
+        encoder, critic, actor = make_networks(Args(scale=2, width_scale=3, critic_scale=5), *HUMANOID)
+        on_scale_3 = make_networks(Args(encoder_scale=3), *HUMANOID)
     width_and_depth = [(mlp.projection.out_features, len(mlp.blocks)) for mlp in (encoder.zs_mlp, critic.q1, actor.mlp)]
-    assert width_and_depth == [(3 * 512, 4), (5 * 512, 5), (512 // 2, 4)]
+    assert width_and_depth == [(3 * 512, 2), (5 * 512, 5), (3 * 512, 2)]
+    assert [parameters(module) for module in on_scale_3[1:]] == [2_625_538, 1_323_029]  # "3M" and "1.3M", Figs. 6 and 9
 
 
 @pytest.mark.parametrize("residual", ["pre", "post"])
@@ -84,9 +65,16 @@ def test_weights_start_as_xavier_uniform_with_gain_sqrt_2_and_biases_at_0():
 
 
 # REPLAY BUFFER
+ZERO = np.zeros(1, np.float32)
+
+
+def empty(capacity: int, horizon: int, obs_dim: int = 1, action_dim: int = 1) -> ReplayBuffer:
+    return ReplayBuffer(Args(buffer_size=capacity, encoder_horizon=horizon), obs_dim, action_dim, CPU)
+
+
 def fill(capacity: int, horizon: int, episodes: int, seed: int = 0, terminating: float = 0.5) -> ReplayBuffer:
     """Random episodes; observations are (episode, step), actions step + 0.5, rewards step + 1."""
-    random, rb = np.random.default_rng(seed), ReplayBuffer(capacity, 2, 1, horizon, seed)
+    random, rb = np.random.default_rng(seed), empty(capacity, horizon, obs_dim=2)
     for episode in range(episodes):
         length, terminates = random.integers(1, 3 * horizon), random.random() < terminating
         rb.start_episode(np.array([episode, 0], np.float32))
@@ -99,11 +87,11 @@ def fill(capacity: int, horizon: int, episodes: int, seed: int = 0, terminating:
 @pytest.mark.parametrize("horizon", [1, 5])
 @pytest.mark.parametrize("capacity", [23, 50, 3000])  # the first two wrap around, the last spans 24 rows of sums
 def test_windows_stay_in_one_episode_and_on_its_terminal_observation(capacity, horizon):
-    for episodes in range(1, 60):
+    for episodes in range(1, 60, 3):
         rb = fill(capacity, horizon, episodes, seed=episodes)
         if not rb.priority.any():
             continue  # only truncated episodes shorter than the horizon so far
-        batch = rb.sample(64, "cpu")
+        batch = rb.sample(64)
         steps = batch.obs[..., 1]
         assert (batch.obs[..., 0] == batch.obs[:, :1, 0]).all()  # one episode
         alive = F.pad((1 - batch.terminated).cumprod(1), (1, 0), value=1)[:, :-1]  # before each step
@@ -115,31 +103,31 @@ def test_windows_stay_in_one_episode_and_on_its_terminal_observation(capacity, h
 
 def test_the_last_starts_are_sampled_after_a_termination_and_never_after_a_truncation():
     for terminates, expected in ((True, [0, 1, 2, 3, 4, 5, 6]), (False, [0, 1, 2])):  # 7 steps, horizon 5
-        rb = ReplayBuffer(100, 1, 1, 5, seed=0)
-        rb.start_episode(np.zeros(1, np.float32))
+        rb = empty(100, 5)
+        rb.start_episode(ZERO)
         for step in range(7):
-            rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminates and step == 6)
+            rb.add(ZERO, 0.0, ZERO, terminates and step == 6)
         assert rb.priority.nonzero()[:, 0].tolist() == expected
-        rb.start_episode(np.zeros(1, np.float32))  # the next episode changes none of them
+        rb.start_episode(ZERO)  # the next episode changes none of them
         assert rb.priority.nonzero()[:, 0].tolist() == expected
 
 
 def test_overwriting_a_slot_takes_its_start_and_termination_away():
-    rb = ReplayBuffer(8, 1, 1, 2, seed=0)
-    rb.start_episode(np.zeros(1, np.float32))
+    rb = empty(8, 2)
+    rb.start_episode(ZERO)
     for step in range(5):
-        rb.add(np.zeros(1, np.float32), 1.0, np.zeros(1, np.float32), step == 4)  # slots 0..5, terminates in slot 4
-    rb.start_episode(np.zeros(1, np.float32))  # slot 6
+        rb.add(ZERO, 1.0, ZERO, step == 4)  # slots 0..5, terminates in slot 4
+    rb.start_episode(ZERO)  # slot 6
     for _ in range(3):
-        rb.add(np.zeros(1, np.float32), 1.0, np.zeros(1, np.float32), False)  # slots 7, 0, 1
+        rb.add(ZERO, 1.0, ZERO, False)  # slots 7, 0, 1
     assert rb.priority.nonzero()[:, 0].tolist() == [2, 3, 4, 6, 7]
     assert rb.is_transition.nonzero()[:, 0].tolist() == [0, 2, 3, 4, 6, 7]
 
 
 def test_sampling_frequencies_are_proportional_to_the_priorities():
-    rb = ReplayBuffer(2500, 1, 1, 1, seed=0)  # twenty rows of 128
+    rb = empty(2500, 1)  # twenty rows of 128
     rb.update_priority(torch.tensor([3, 127, 128, 2499]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    index = torch.cat([rb.sample_index(200) for _ in range(500)])
+    index = torch.cat([rb.sample(200).index for _ in range(500)])
     counts = torch.bincount(index, minlength=2500)
     assert counts.nonzero()[:, 0].tolist() == [3, 127, 128, 2499]
     # 100,000 draws: the standard deviation of a frequency is at most 0.0016
@@ -147,8 +135,9 @@ def test_sampling_frequencies_are_proportional_to_the_priorities():
 
 
 def test_small_priorities_beside_a_large_one_are_told_apart_and_no_index_is_past_the_end(monkeypatch):
-    rb = ReplayBuffer(1_000_000, 1, 1, 1, seed=0)
-    rb.update_priority(torch.arange(1_000_000), torch.ones(1_000_000))
+    rb = empty(1_000_000, 1)
+    rb.priority[:1_000_000] = 1
+    rb.row_total.copy_(rb.priority.view(-1, rb.ROW).sum(1))
     # in float32, sums beyond it are multiples of 8192: 64 rows of 128 look like one
     rb.update_priority(torch.tensor([0]), torch.tensor([2.0**36]))
     row = torch.arange(1, 7813)  # the last one has 64 slots
@@ -157,76 +146,68 @@ def test_small_priorities_beside_a_large_one_are_told_apart_and_no_index_is_past
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: draws)
     expected = row * 128 + 64
     expected[-1] = 7812 * 128 + 32
-    assert rb.sample_index(7812).tolist() == expected.tolist()
+    assert rb.sample(7812).index.tolist() == expected.tolist()
     draws = torch.tensor([[[0.0]], [[(2.0**36 + 63.5) / (2.0**36 + 127)]]], dtype=torch.float64)
-    assert rb.sample_index(1).tolist() == [64]  # in the row of the large one
+    assert rb.sample(1).index.tolist() == [64]  # in the row of the large one
     draws = torch.full((2, 1, 1), 1 - 2.0**-53, dtype=torch.float64)  # the largest number below 1
-    assert rb.sample_index(1).tolist() == [999_999]
+    assert rb.sample(1).index.tolist() == [999_999]
 
 
-def test_a_new_start_gets_the_largest_priority_and_at_least_1():
-    rb = ReplayBuffer(100, 1, 1, 1, seed=0)
-    rb.start_episode(np.zeros(1, np.float32))
-    rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
-    assert rb.priority[0] == 1
-    rb.update_priority(torch.tensor([0]), torch.tensor([7.0]))
-    rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), False)
-    assert rb.priority[:2].tolist() == [7, 7]
+def test_a_new_start_gets_the_largest_priority_ever_given_and_at_least_1():
+    rb = empty(100, 1)
+    rb.start_episode(ZERO)
+    for given in (0.5, 7.0, 3.0, 2.0):  # to slot 0
+        rb.add(ZERO, 0.0, ZERO, False)
+        rb.update_priority(torch.tensor([0]), torch.tensor([given]))
+    rb.add(ZERO, 0.0, ZERO, False)
+    assert rb.priority[:6].tolist() == [2, 1, 7, 7, 7, 0]  # 7 stays the largest that was ever given
 
 
 def test_of_two_priorities_for_one_slot_the_larger_is_kept():
-    rb = ReplayBuffer(300, 1, 1, 1, seed=0)
+    rb = empty(300, 1)
     rb.update_priority(torch.tensor([7, 200, 7, 200, 200]), torch.tensor([2.0, 3.0, 5.0, 9.0, 4.0]))
     assert rb.priority[[7, 200]].tolist() == [5, 9]
     rb.update_priority(torch.tensor([200]), torch.tensor([1.0]))  # the old one does not count
     assert rb.priority[[7, 200]].tolist() == [5, 1]
-    assert rb.row_max.tolist() == rb.row_total.tolist() == [5, 1, 0]  # of slots 0..127, 128..255, 256..299
+    assert rb.row_total.tolist() == [5, 1, 0]  # of slots 0..127, 128..255, 256..299
 
 
 def wrapped_around() -> tuple[ReplayBuffer, np.random.Generator]:
     """A buffer of three rows, the last one not full, after 1,500 slots with terminations and updates of priorities."""
-    random, rb = np.random.default_rng(0), ReplayBuffer(300, 1, 1, 5, seed=0)
+    random, rb = np.random.default_rng(0), empty(300, 5)
     while len(rb.priority.nonzero()) < 200:  # the newest episodes may be all truncated
         for _ in range(100):
             length, terminates = random.integers(1, 30), random.random() < 0.5
-            rb.start_episode(np.zeros(1, np.float32))
+            rb.start_episode(ZERO)
             for step in range(length):
-                rb.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminates and step == length - 1)
+                rb.add(ZERO, 0.0, ZERO, terminates and step == length - 1)
                 if rb.priority.any():
-                    rb.update_priority(rb.sample_index(16), torch.from_numpy(random.exponential(3, 16)).float())
+                    rb.update_priority(rb.sample(16).index, torch.from_numpy(random.exponential(3, 16)).float())
     return rb, random
 
 
-def test_row_totals_and_maxima_follow_the_priorities_around_the_ring():
+def test_row_totals_follow_the_priorities_around_the_ring():
     rb, _ = wrapped_around()
     rows = rb.priority.view(3, 128)
     assert len(rb.priority.unique()) > 100
     torch.testing.assert_close(rb.row_total, rows.double().sum(1), rtol=1e-12, atol=0)
-    assert rb.row_max.tolist() == rows.max(1).values.tolist()
 
 
 def test_a_loaded_buffer_draws_as_the_saved_one():
     rb, random = wrapped_around()
-    loaded = ReplayBuffer(300, 1, 1, 5, seed=1)
+    loaded = empty(300, 5)
     loaded.load_state_dict(rb.state_dict())
+    loaded.generator.set_state(rb.generator.get_state())
     for _ in range(5):
         for buffer in (rb, loaded):  # whose new starts get the largest priority
             for terminated in (False, True):
-                buffer.add(np.zeros(1, np.float32), 0.0, np.zeros(1, np.float32), terminated)
-            buffer.start_episode(np.zeros(1, np.float32))
-        index = rb.sample_index(100)
-        assert loaded.sample_index(100).tolist() == index.tolist()
+                buffer.add(ZERO, 0.0, ZERO, terminated)
+            buffer.start_episode(ZERO)
+        index = rb.sample(100).index
+        assert loaded.sample(100).index.tolist() == index.tolist()
         priority = torch.from_numpy(random.exponential(3, 100)).float()
         for buffer in (rb, loaded):
             buffer.update_priority(index, priority)
-
-
-def test_the_reward_scale_is_the_mean_absolute_reward_of_transitions():
-    rb = ReplayBuffer(100, 1, 1, 1, seed=0)
-    rb.start_episode(np.zeros(1, np.float32))
-    for reward in (1.0, -2.0, 3.0):
-        rb.add(np.zeros(1, np.float32), reward, np.zeros(1, np.float32), False)
-    assert rb.reward_scale() == 2.0  # over 3 transitions in 4 slots
 
 
 # LOSSES
@@ -239,9 +220,7 @@ def test_the_terminal_reward_counts_and_nothing_after_it():
 
 
 def small_agent(**flags) -> Agent:
-    torch.manual_seed(0)
-    args = Args(width_scale=0.03, topology_update_interval=2, **flags)
-    return Agent(args, *make_networks(args, 4, 2), 20, torch.Generator().manual_seed(0))
+    return Agent(Args(width_scale=0.03, topology_update_interval=2, **flags), 4, 2, CPU)
 
 
 def small_batch(seed: int = 0) -> Batch:
@@ -252,80 +231,80 @@ def small_batch(seed: int = 0) -> Batch:
 def test_each_loss_trains_its_own_module_alone():
     agent = small_agent()
 
-    def weights():
-        return {name: [p.clone() for p in getattr(agent, name).parameters()] for name in ("encoder", "critic", "actor")}
+    def changed(update):
+        before = {name: p.clone() for name, p in agent.named_parameters()}
+        metrics = update(FixedBatch(small_batch()))
+        moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+        return moved, metrics
 
-    def changed(before):
-        return {
-            name
-            for name, old in before.items()
-            if any((a != b).any() for a, b in zip(old, weights()[name], strict=True))
-        }
-
-    before = weights()
-    agent.updates.run("update_encoder", agent, FixedBatch(small_batch()))
-    assert changed(before) == {"encoder"}
-    before = weights()
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
-    assert changed(before) == {"critic", "actor"}
+    assert changed(agent.update_encoder)[0] == {"encoder"}
+    moved, metrics = changed(agent.update_critic_and_actor)
+    assert moved == {"critic", "actor"}
     # the actor's loss left no trace in the critic's gradient: it is still that of the TD loss
-    gradient = [p.grad.clone() for p in agent.critic.parameters()]
-    assert agent.metrics["plasticity/critic_grad_norm"] == torch.nn.utils.get_total_norm(gradient)
+    gradient = [p.grad for p in agent.critic.parameters()]
+    assert metrics["plasticity/critic_grad_norm"] == torch.nn.utils.get_total_norm(gradient)
 
 
 def test_target_noise_differs_from_update_to_update_and_is_clipped():
-    agent = small_agent(policy_noise=100.0, noise_clip=0.3)
-    seen = []
+    agent, seen = small_agent(policy_noise=100.0, noise_clip=0.3), []
     agent.encoder_target.zsa = lambda zs, action: seen.append(action) or agent.encoder.zsa(zs, action)
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
+    for _ in range(2):
+        agent.update_critic_and_actor(FixedBatch(small_batch()))
     with torch.no_grad():
         clean = agent.actor_target(agent.encoder_target.zs(small_batch().obs[:, 3]))[0]
     assert (seen[0] != seen[1]).any()
     for action in seen:
-        assert ((action - clean).abs() <= 0.3 + 1e-6).all()
-        assert (action.abs() <= 1).all()
+        assert ((action - clean).abs() <= 0.3 + 1e-6).all() and (action.abs() <= 1).all()
+
+
+def with_rewards(*rewards: float) -> ReplayBuffer:
+    rb = empty(100, 5, 4, 2)
+    rb.start_episode(np.ones(4, np.float32))
+    for reward in rewards:
+        rb.add(np.zeros(2, np.float32), reward, np.ones(4, np.float32), False)
+    return rb
 
 
 def test_targets_and_reward_scales_are_copied_together():
     agent = small_agent()
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
-    assert any((a != b).any() for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters(), strict=True))
-    agent.update_targets(torch.tensor(0.25), torch.tensor(1.0))
-    for name in ("encoder", "critic", "actor"):
-        online, target = getattr(agent, name).state_dict(), getattr(agent, f"{name}_target").state_dict()
-        assert all((online[key] == target[key]).all() for key in online)
-    assert (agent.target_reward_scale, agent.reward_scale) == (1.0, 0.25)  # 1 was the scale before
-    agent.update_targets(torch.tensor(0.5), torch.tensor(1.0))
-    assert (agent.target_reward_scale, agent.reward_scale) == (0.25, 0.5)
+
+    def pairs():
+        targets = [(name, p) for name, p in agent.named_parameters() if "_target." in name]
+        return [torch.equal(p, agent.get_parameter(name.replace("_target.", "."))) for name, p in targets]
+
+    agent.update_critic_and_actor(FixedBatch(small_batch()))
+    assert not all(pairs())
+    agent.update_targets(with_rewards(1, -2, 3, 0, 4))
+    assert all(pairs())
+    assert (agent.target_reward_scale, agent.reward_scale) == (1, 2)  # 1 was the scale before; |rewards| have mean 2
+    agent.update_targets(with_rewards(0, 0, 0, 0, 1))
+    assert (agent.target_reward_scale, agent.reward_scale) == (2, pytest.approx(0.2))
+
+
+def test_every_250_training_steps_start_with_the_target_copies_and_as_many_encoder_updates():
+    agent, rb, calls = small_agent(target_network_frequency=3), with_rewards(*range(9)), []
+    for name in ("update_targets", "update_encoder", "update_critic_and_actor"):
+        update = getattr(agent, name)
+        setattr(agent, name, lambda rb, name=name, update=update: calls.append(name[7]) or update(rb) or {})
+    for _ in range(4):
+        agent.train_step(rb)
+    assert "".join(calls) == "teeeccc" + "teeec"  # targets, encoder, critic and actor
+    full = Agent(Args(width_scale=0.03), 4, 2, CPU)
+    assert [s.total_updates for s in full.sparsifiers.values()] == [490_250, 490_001, 490_001]  # of 500,000 agent steps
 
 
 def test_diagnostics_read_the_features_of_each_module():
-    agent, rb = small_agent(), ReplayBuffer(500, 4, 2, 5, seed=0)
+    agent, rb = small_agent(), empty(500, 5, 4, 2)
     random = np.random.default_rng(0)
     rb.start_episode(random.normal(size=4).astype(np.float32))
     for _ in range(400):
         rb.add(random.uniform(-1, 1, 2).astype(np.float32), 0.0, random.normal(size=4).astype(np.float32), False)
     metrics = diagnose(agent, rb, seed=0)
     assert metrics["plasticity/critic_dormant_ratio"] < 0.5
-    for parameter in agent.critic.q1.projection.parameters():  # q1's first block then sees nothing but zeros
-        parameter.data.zero_()
-    for layer in (agent.critic.q1.blocks[0].linear1, agent.critic.q1.blocks[0].linear2):
-        layer.weight.data.zero_()
+    for parameter in [*agent.critic.q1.projection.parameters(), *agent.critic.q1.blocks.parameters()]:
+        parameter.data.zero_()  # q1 then sees nothing but zeros
     after = diagnose(agent, rb, seed=0)
     assert after["plasticity/critic_dormant_ratio"] == pytest.approx(0.5, abs=0.1)  # one of two heads is dead
     assert after["plasticity/critic_srank"] < metrics["plasticity/critic_srank"]
-    assert {k: v for k, v in after.items() if "critic" not in k} == {
-        k: v for k, v in metrics.items() if "critic" not in k
-    }
+    assert {k for k in metrics if after[k] != metrics[k]} == {k for k in metrics if "critic" in k}
     assert 1 <= metrics["plasticity/encoder_srank"] <= 15  # zsa has round(0.03 * 512) = 15 dimensions
-
-
-def test_set_up_flushes_denormal_numbers_to_zero():
-    denormal = torch.full((64,), 2e-40)
-    assert (denormal * 0.5 > 0).all()
-    try:
-        assert mst_mrq.set_up(Args(cuda=False)) == torch.device("cpu")
-        assert (denormal * 0.5 == 0).all()
-    finally:
-        torch.set_flush_denormal(False)

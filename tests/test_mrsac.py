@@ -9,13 +9,12 @@ from conftest import FixedBatch
 from test_mrq_oracles import Oracle
 
 import mst_mrsac
-from mst_mrsac import Actor, Agent, Args, Batch, make_networks
+from mst_mrsac import Actor, Agent, Args, Batch
 
 
 def small_agent(**flags) -> Agent:
-    torch.manual_seed(0)
     args = Args(width_scale=0.03, critic_regime="dense", actor_regime="dense", **flags)
-    return Agent(args, *make_networks(args, 4, 2), 20, torch.Generator().manual_seed(0))
+    return Agent(args, 4, 2, torch.device("cpu"))
 
 
 def small_batch(reward: float = 1.0, terminated: float = 0.0) -> Batch:
@@ -58,28 +57,28 @@ def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_rew
     agent.actor_target.sample = lambda zs, noise: (noise, torch.full((len(zs),), -4.0), noise)
     agent.critic.forward = lambda zsa: zsa[:, :2] * 0 + sum(p.sum() * 0 for p in agent.critic.parameters())
     n_step = 1 + 0.99 + 0.99**2
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
+    metrics = agent.update_critic_and_actor(FixedBatch(small_batch()))
     # the smaller of both heads, and minus 0.5 times the log-density -4 of the target policy's action
     expected = (n_step + 0.99**3 * 5 * 3) / 2 + 0.99**3 * 0.5 * 4
-    assert agent.metrics["losses/td_error"].item() == pytest.approx(expected, rel=1e-6)
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch(terminated=1.0)))
-    assert agent.metrics["losses/td_error"].item() == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
+    assert metrics["losses/td_error"].item() == pytest.approx(expected, rel=1e-6)
+    metrics = agent.update_critic_and_actor(FixedBatch(small_batch(terminated=1.0)))
+    assert metrics["losses/td_error"].item() == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
 
 
 def test_the_actor_maximises_entropy_and_the_mean_of_both_heads():
     agent = small_agent(initial_temperature=0.5)
     zero = lambda zsa: 0 * (zsa.sum() + sum(p.sum() for p in agent.critic.parameters()))  # noqa: E731
     agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]).expand(len(zsa), 2) + zero(zsa)
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
-    expected = -0.5 * agent.metrics["losses/entropy"] - 3  # and the pre-activation penalty, of weight 1e-5
-    assert agent.metrics["losses/actor_loss"].item() == pytest.approx(expected.item(), abs=1e-3)
-    assert abs(agent.metrics["losses/entropy"]) > 0.1
+    metrics = agent.update_critic_and_actor(FixedBatch(small_batch()))
+    expected = -0.5 * metrics["losses/entropy"] - 3  # and the pre-activation penalty, of weight 1e-5
+    assert metrics["losses/actor_loss"].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert abs(metrics["losses/entropy"]) > 0.1
 
 
 @pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
 def test_the_temperature_rises_while_the_entropy_is_below_its_target(target_entropy, direction):
     agent = small_agent(target_entropy=target_entropy)
-    agent.updates.run("update_critic_and_actor", agent, FixedBatch(small_batch()))
+    agent.update_critic_and_actor(FixedBatch(small_batch()))
     # Adam's first step is the learning rate, whatever the gradient
     assert (agent.log_temp - math.log(0.01)).item() == pytest.approx(direction * 1e-4, rel=1e-2)
 

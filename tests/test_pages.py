@@ -70,3 +70,18 @@ def test_every_picture_and_page_of_the_readme_exists():
     assert len(links) >= 10
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert len(text.splitlines()) < 150
+
+
+def test_the_evidence_quotes_the_returns_of_the_results():
+    """The last evaluation of every run of Fig. 14 at small size."""
+    rows = (ROOT / "results/small/fig14.csv").read_text().splitlines()
+    last = {tuple(row.split(",")[:3]): float(row.split(",")[5]) for row in rows[1:] if row.split(",")[3] == "30000"}
+    names = {"dense / dense", "dst / sst (MST)", "sst / sst", "dst / dst", "sst / dst"}
+    quoted = {}
+    for name, *values in re.findall(
+        r"^\| ([^|]+) \| (\S+) \| (\S+) \|$", (ROOT / "docs/evidence.md").read_text(), flags=re.M
+    ):
+        if name in names:
+            critic, actor = name.removesuffix(" (MST)").split(" / ")
+            quoted |= {(critic, actor, str(seed)): float(x) for seed, x in enumerate(values, 1) if x != "-"}
+    assert quoted == {key: round(value) for key, value in last.items()}

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import FixedBatch, default_dtype
+from test_graphs import make
 
 import mst_ddpg
 import mst_sac
 
 ORACLES = Path(os.environ.get("MST_ORACLES") or Path(__file__).parent / "oracles")
+CPU = torch.device("cpu")
 HUMANOID, DOG = (67, 21), (223, 38)
 SCRIPTS = {"sac": mst_sac, "ddpg": mst_ddpg}
 TEMPERATURE = {"initial_temperature": "temp_init", "temperature_lr": "temp_lr"}  # ours and the oracles'
@@ -49,7 +51,7 @@ class Oracle:
 
         with pytest.MonkeyPatch.context() as patch, default_dtype(torch.float64):
             patch.setattr(module, "make_networks", make_networks)
-            self.agent = agent = module.Agent(args, *dims, torch.device("cpu"))
+            self.agent = agent = module.Agent(args, *dims, CPU)
         for name, theirs in self.theirs("init").items():
             self.ours()[name].data.copy_(theirs)
         agent.normalizer.mean.fill_(3)
@@ -166,9 +168,7 @@ def test_observations_are_normalised_as_in_the_reference(script):
     assert normalizer(obs.float()).dtype == torch.float32  # what the networks take
 
 
-# Networks -----------------------------------------------------------------------------------------------------------
-
-
+# Networks
 # actor and one critic, exact values of the specification; the paper's "SAC, 207M" is w4d3 (Fig. 14)
 @pytest.mark.parametrize(
     ("script", "dims", "width", "depth", "count"),
@@ -221,9 +221,7 @@ def test_weights_start_orthogonal_outside_the_blocks_and_as_truncated_he_normal_
                 torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
 
 
-# Algorithm ----------------------------------------------------------------------------------------------------------
-
-
+# Algorithm
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (1.5, -1.0), (-3.0, 2.0), (0.3, -10.0)])
 def test_the_density_of_the_squashed_gaussian_agrees_with_numerical_integration(mean, log_std):
     noise = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
@@ -247,25 +245,10 @@ def test_the_density_is_finite_where_the_tanh_saturates_in_float32():
     assert noise.grad.isfinite().all()
 
 
-def small_agent(script, **arguments):
-    args = script.Args(width_scale=0.06, gamma=0.99, total_timesteps=40, learning_starts=20, **arguments)
-    return script.Agent(args, 5, 2, torch.device("cpu"))
-
-
-def small_buffer(script):
-    random, rb = np.random.default_rng(0), script.ReplayBuffer(script.Args(buffer_size=200), 5, 2, torch.device("cpu"))
-    for _ in range(3):
-        rb.start_episode(random.normal(size=5).astype(np.float32))
-        for step in range(40):
-            action, obs = random.uniform(-1, 1, 2).astype(np.float32), random.normal(size=5).astype(np.float32)
-            rb.add(action, random.random(), obs, step == 39)
-    return rb
-
-
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 @pytest.mark.parametrize("twin", [False, True])
 def test_a_moving_topology_keeps_the_targets_zeros_exact(script, twin):
-    agent, rb = small_agent(script, topology_update_interval=4, tau=0.1, clipped_double_q=twin), small_buffer(script)
+    agent, rb = make(script, CPU, graphs=False, topology_update_interval=4, tau=0.1, clipped_double_q=twin)
     sparsifier, target = agent.sparsifiers["critic"], dict(agent.critic_target.named_parameters())
     first = {name: mask.clone() for name, mask in sparsifier.masks.items()}
     for step in range(20):
@@ -283,7 +266,7 @@ def test_a_moving_topology_keeps_the_targets_zeros_exact(script, twin):
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_every_training_action_counts_into_the_statistics_and_no_evaluation_does(script):
-    agent, generator = small_agent(script), torch.Generator().manual_seed(0)
+    (agent, rb), generator = make(script, CPU, graphs=False), torch.Generator().manual_seed(0)
     observations = np.random.default_rng(0).normal(3, 2, (200, 5)).astype(np.float32)
     actions = np.stack([agent.explore(obs, i < 100, generator) for i, obs in enumerate(observations)])
     mean = torch.from_numpy(observations).double().mean(0)
@@ -292,31 +275,26 @@ def test_every_training_action_counts_into_the_statistics_and_no_evaluation_does
     assert np.abs(actions).max() <= 1
     before = agent.normalizer.mean.clone()
     agent.act(observations)
-    agent.train_step(small_buffer(script))
+    agent.train_step(rb)
     assert torch.equal(agent.normalizer.mean, before)
 
 
-def test_ddpg_executes_its_action_with_noise_of_standard_deviation_0_1():
-    agent, generator = small_agent(mst_ddpg), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_sac_executes_samples_of_its_policy_and_ddpg_its_action_with_noise_of_standard_deviation_0_1(script):
+    (agent, _), generator, obs = make(script, CPU, graphs=False), torch.Generator().manual_seed(0), torch.zeros(1, 5)
     agent.normalizer.update = lambda obs: None
-    obs = np.zeros(5, np.float32)
-    actions = np.stack([agent.explore(obs, False, generator) for _ in range(2000)])
-    assert (actions - agent.act(obs[None])).std() == pytest.approx(0.1, rel=0.05)
-
-
-def test_sac_executes_samples_of_its_policy():
-    agent, generator = small_agent(mst_sac), torch.Generator().manual_seed(0)
-    agent.normalizer.update = lambda obs: None
-    obs = np.zeros(5, np.float32)
-    x = torch.from_numpy(np.stack([agent.explore(obs, False, generator) for _ in range(2000)])).atanh()
-    mean, log_std = agent.actor(agent.normalizer(torch.from_numpy(obs[None])))
-    torch.testing.assert_close(x.std(0), log_std[0].detach().exp(), rtol=0.05, atol=0)
-    torch.testing.assert_close(x.mean(0), mean[0].detach(), rtol=0, atol=0.05)
+    x = torch.from_numpy(np.stack([agent.explore(obs[0].numpy(), False, generator) for _ in range(2000)]))
+    if script is mst_ddpg:
+        assert (x - torch.from_numpy(agent.act(obs.numpy()))).std().item() == pytest.approx(0.1, rel=0.05)
+        return
+    mean, log_std = (value[0].detach() for value in agent.actor(obs))
+    torch.testing.assert_close(x.atanh().std(0), log_std.exp(), rtol=0.05, atol=0)
+    torch.testing.assert_close(x.atanh().mean(0), mean, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_schedules_run_over_the_990_002_updates_of_a_run(script):
-    agent = script.Agent(script.Args(width_scale=0.03), 5, 2, torch.device("cpu"))
+    agent = script.Agent(script.Args(width_scale=0.03), 5, 2, CPU)
     assert [s.total_updates for s in agent.sparsifiers.values()] == [990_002] * 2  # of the specification
 
 
@@ -333,14 +311,14 @@ def test_schedules_run_over_the_990_002_updates_of_a_run(script):
     ],
 )
 def test_discount_and_critics_follow_the_environment_unless_given(script, arguments, gamma, twin):
-    agent = script.Agent(script.Args(width_scale=0.03, **arguments), 5, 2, torch.device("cpu"))
+    agent = script.Agent(script.Args(width_scale=0.03, **arguments), 5, 2, CPU)
     assert agent.args.gamma == pytest.approx(gamma)
     assert len(agent.critic.q) == 1 + twin
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_diagnostics_read_the_inputs_of_the_heads_and_the_hidden_units_of_the_blocks(script):
-    agent, rb = small_agent(script, clipped_double_q=True, critic_regime="dense"), small_buffer(script)
+    agent, rb = make(script, CPU, graphs=False, clipped_double_q=True, critic_regime="dense")
     metrics = script.diagnose(agent, rb, seed=0)
     assert metrics["plasticity/critic_dormant_ratio"] < 0.1
     width = agent.critic.q[0].value.in_features
