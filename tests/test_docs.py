@@ -65,7 +65,12 @@ def test_links_files_and_flags_of_a_page_exist(page):
         fields = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
         known = {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")} | {"--env", "--help"}
         code = re.findall(r"`[^`\n]+`", re.sub(r"^    .*", "", TEXT[page], flags=re.MULTILINE))
-        code = [x for x in code if ("mst_" in x and "seeds.sh" not in x) or not re.search(r"experiments|analysis|benchmarks|sbatch|logdir", x)]
+        code = [
+            x
+            for x in code
+            if ("mst_" in x and "seeds.sh" not in x)
+            or not re.search(r"experiments|analysis|benchmarks|sbatch|logdir", x)
+        ]
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code))) <= known
 
 
