@@ -288,7 +288,7 @@ def test_a_damaged_config_is_named_and_kept(main, interrupted, content):
 
 
 FULL = [  # the largest file, the first that is larger, and the step of the checkpoint then
-    (1000, "config.json", None), (8000, "TensorBoard", None), (20_000, "checkpoint", None), (100_000, "second", 30),
+    (1000, "config.json", None), (8000, "TensorBoard", None), (20_000, "checkpoint", None), (160_000, "second", 30),
 ]  # fmt: skip
 
 
