@@ -725,7 +725,7 @@ def main() -> int:
         return 2
     except OSError as error:
         sys.exit(f"error: cannot write to {args.runs_dir} ({error}); choose another folder with --runs-dir")
-    obs, run = None, SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={})
+    run = SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={}, scalars={})
     exploration = torch.Generator().manual_seed(args.seed)
     generators = [torch.default_generator, *torch.cuda.default_generators, agent.generator, rb.generator, exploration]
     parts = {"agent": agent, "replay_buffer": rb}
@@ -751,7 +751,7 @@ def main() -> int:
                 project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
                 config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
             )  # fmt: skip
-        writer = SummaryWriter(run_dir, purge_step=run.step + 1 if checkpoint else None)
+        writer = SummaryWriter(run_dir, purge_step=run.step if checkpoint else None)
         if not checkpoint:
             rows = (f"|{name}|{value}|" for name, value in asdict(args).items())
             writer.add_text("hyperparameters", "\n".join(("|param|value|", "|-|-|", *rows)))
@@ -775,22 +775,22 @@ def main() -> int:
                 returns = evaluate(agent, envs, seeds, stop, run_dir / "videos" / f"agent_step_{run.step}.mp4")
                 if returns is None:  # a signal came
                     continue
-                mean, std, seconds = returns.mean(), returns.std(), round(run.wall_seconds, 1)
+                mean, std, seconds = float(returns.mean()), float(returns.std()), round(run.wall_seconds, 1)
                 with open(run_dir / "eval.csv", "a") as file:
                     if file.tell() == 0:
                         file.write("agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n")
                     file.write(f"{run.step},{run.step * args.action_repeat},{mean},{std},{len(returns)},{seconds}\n")
                     file.flush()
                     os.fsync(file.fileno())
-                scalars = {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+                run.scalars |= {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
                 for name, sparsifier in agent.sparsifiers.items():
-                    scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
-                scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, run.step)
+                    run.scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
+                run.scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
                 speed = run.step / run.wall_seconds
                 left = f"{(args.total_timesteps - run.step) / speed / 3600:.2f} h left" if run.step else ""
                 tqdm.write(f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left}")
+            for name, value in run.scalars.items():  # of this step, all after its checkpoint
+                writer.add_scalar(name, value, run.step)
             if run.step == args.total_timesteps:
                 break
 
@@ -802,10 +802,9 @@ def main() -> int:
             obs, reward, terminated, truncated, _ = env.step(action)
             rb.add(action, reward, obs, terminated)
             run.actions.append(action.tolist())
-            run.step, run.episode_return = run.step + 1, run.episode_return + reward
+            run.step, run.episode_return, run.scalars = run.step + 1, run.episode_return + reward, {}
             if terminated or truncated:
-                writer.add_scalar("charts/episodic_return", run.episode_return, run.step)
-                writer.add_scalar("charts/episodic_length", len(run.actions), run.step)
+                run.scalars = {"charts/episodic_return": run.episode_return, "charts/episodic_length": len(run.actions)}
                 run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
             if run.step >= args.learning_starts:
                 agent.train()
@@ -814,8 +813,7 @@ def main() -> int:
                 if broken := [f"{name} is {value}" for name, value in run.metrics.items() if not math.isfinite(value)]:
                     raise FloatingPointError(f"{broken[0]}; a lower learning rate or LayerNorm may help")
                 if run.step % args.log_interval == 0:
-                    for name, value in {**run.metrics, "charts/SPS": run.step / (time.time() - start)}.items():
-                        writer.add_scalar(name, value, run.step)
+                    run.scalars |= {**run.metrics, "charts/SPS": run.step / (time.time() - start)}
             bar.update()
         writer.close()
         weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
