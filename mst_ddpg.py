@@ -471,7 +471,8 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, 
             returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
             running &= ~(terminated | truncated)
     except (EOFError, ConnectionError, KeyboardInterrupt):
-        time.sleep(1)  # the signal that ended a process of the evaluation may reach this one later
+        envs.closed = True  # nothing to say to its processes any more
+        time.sleep(1)  # the signal that ended one of them may reach this one later
         if not stop:
             sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
     if frames and not stop:
@@ -596,7 +597,7 @@ def load_agent(args: Args) -> tuple[Args, dict]:
         raise ValueError(f"{args.eval_only} is of another script, which has --{foreign[0]}: play it with that one")
     if ignored := [name for name in now if now[name] != default[name] and name not in own]:
         raise ValueError(f"--eval-only plays with the flags of the run: leave out --{ignored[0].replace('_', '-')}")
-    return replace(Args(**saved["args"]), buffer_size=1, **{name: now[name] for name in own}), saved
+    return replace(Args(**saved["args"]), buffer_size=1_000, **{name: now[name] for name in own}), saved
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -655,6 +656,7 @@ def main() -> int:
         if args.eval_only:
             args, saved = load_agent(args)
         sys.stdout.reconfigure(line_buffering=True)
+        import_module("threading").excepthook = lambda error: None  # TensorBoard raises its thread's error here as well
         gym.logger.min_level = 50  # an error in a process of the evaluation is said once, below
         torch.backends.cudnn.deterministic = args.torch_deterministic
         torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
