@@ -131,13 +131,11 @@ def flush_at_once(module):
     module.SummaryWriter = functools.partial(module.SummaryWriter, flush_secs=0)
 
 
-PENDULUM = ["--env", "InvertedPendulum-v5"]  # falls within 20 steps
+FALLS = ["--env", "InvertedPendulum-v5"]  # within 20 steps
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "hook"),
-    [*((script, [], with_dropout) for script in SCRIPTS), ("mst_sac", PENDULUM, None), ("mst_mrq", PENDULUM, None)],
-)
+@pytest.mark.parametrize(("flags", "hook"), [([], with_dropout), (FALLS, None)])
+@pytest.mark.parametrize("script", ["mst_sac", "mst_mrq"])
 def test_dropouts_that_someone_adds_and_terminations_resume_exactly(script, reference, tmp_path, flags, hook):
     flags, killed, whole = [*flags, "--total-timesteps", "70"], tmp_path / "killed", tmp_path / "whole"
     death = ("ReplayBuffer.add", 68, signal.SIGKILL)
@@ -163,9 +161,8 @@ def test_a_run_of_an_environment_that_cannot_be_restored_goes_on_with_a_new_epis
     assert steps(scalars(interrupted))["charts/episodic_return"] == [70, 110]  # 40 steps each from 30 on
 
 
-@pytest.mark.parametrize("interval", ["30", "50"])  # 50: the checkpoint is of the moment of an evaluation
-def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, reference, run_dir, tmp_path, interval):
-    death, flags = ("ReplayBuffer.add", 115, signal.SIGKILL), ["--checkpoint-interval", interval]
+def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, reference, run_dir, tmp_path):
+    death, flags = ("ReplayBuffer.add", 115, signal.SIGKILL), ["--checkpoint-interval", "50"]  # as the evaluations'
     assert life(script, *flags, cwd=tmp_path, at=death, hook=flush_at_once).code == -signal.SIGKILL
     live = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
     assert life(script, *flags, cwd=tmp_path).code == 0
@@ -320,7 +317,7 @@ def test_eval_only_refuses_what_it_cannot_play_and_flags_of_the_training(main, s
 
 
 @all_scripts
-@pytest.mark.parametrize(("regime", "first", "last"), [("dst", 0.6, 0.6), ("s2d", 0.6, 0), ("d2s", 0, 0.6)])
+@pytest.mark.parametrize(("regime", "first", "last"), [("s2d", 0.6, 0), ("d2s", 0, 0.6)])
 def test_every_module_follows_its_regime(script, run_dir, tmp_path, regime, first, last):
     modules = importlib.import_module(script).MODULES
     flags = " ".join(f"--{name}-regime {regime} --{name}-sparsity 0.6" for name in modules)
