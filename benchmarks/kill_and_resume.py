@@ -26,21 +26,19 @@ FLAGS = """
 
 
 def start(script: str, folder: Path) -> subprocess.Popen:
-    folder.mkdir(exist_ok=True)
     line = [sys.executable, ROOT / f"{script}.py", *FLAGS.split()]
     return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-def kill_and_compare(script: str, kills: int, moments: random.Random, whole: Path, killed: Path) -> None:
-    begin = time.time()
-    child = start(script, whole)
+def kill_and_compare(script: str, kills: int, moments: random.Random, whole: str, killed: str) -> None:
+    begin, child = time.time(), start(script, whole)
     child.stdout.readline()  # the table of networks
     startup = time.time() - begin
     child.communicate()
-    seconds = time.time() - begin
-    print(f"{script} uninterrupted: {seconds:.0f} s, of which {startup:.0f} s to start", flush=True)
+    training = time.time() - begin - startup
+    print(f"{script} uninterrupted: {startup:.0f} s to start and {training:.0f} s", flush=True)
     for kill in range(1, kills + 1):
-        child, alive = start(script, killed), moments.uniform(0, startup + (seconds - startup) / kills)
+        child, alive = start(script, killed), moments.uniform(0, startup + training / kills)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.communicate(timeout=alive)
             raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")
@@ -48,7 +46,7 @@ def kill_and_compare(script: str, kills: int, moments: random.Random, whole: Pat
         resumed = [line for line in child.communicate()[0].splitlines() if line.startswith("resuming")]
         print(f"kill {kill:2} after {alive:5.1f} s, {resumed[0] if resumed else 'not resumed'}", flush=True)
     start(script, killed).communicate()
-    (a,), (b,) = whole.glob("runs/*"), killed.glob("runs/*")
+    (a,), (b,) = (list(Path(folder).glob("runs/*")) for folder in (whole, killed))
     assert_same_run(a, b)
     print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} TensorBoard values, agent.pt")
 
@@ -60,6 +58,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     flags = parser.parse_args()
     for script in flags.scripts:
-        with tempfile.TemporaryDirectory() as folder:
-            moments = random.Random(flags.seed)
-            kill_and_compare(script, flags.kills, moments, Path(folder, "whole"), Path(folder, "killed"))
+        with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as killed:
+            kill_and_compare(script, flags.kills, random.Random(flags.seed), whole, killed)

@@ -1,7 +1,7 @@
 """Shared by the tests of runs and errors: tiny runs as real processes, and the comparison of two run directories.
 
-`command()` starts `python <script>.py`. `life()` is as real a process, but forked from one that has imported torch and
-the simulator already, which saves five seconds per run, and it can get signals at chosen calls of any function.
+`command()` starts `python <script>.py`. `life()` is as real, but forked from a process that has imported torch already,
+which saves five seconds per run, and it can get signals at chosen calls of any function.
 """
 
 import collections
@@ -61,9 +61,8 @@ def command(script: str, *flags: str, cwd: Path) -> Ended:
 def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
     """Run the script's `main()` in a process of its own, up to its end.
 
-    at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process this signal at the start of
-        the 5th such call; with "group" as a fourth entry, all processes of the run get it. Instead of a signal, a
-        function of a test module gets the arguments of the call; instead of 5, 0 means every call.
+    at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process (with a fourth entry "group":
+        all of the run) this signal at the start of the 5th such call, or calls a function as it was called; 0: at each.
     largest_file: in bytes, a write beyond it fails as on a full disk.
     hook: a function of a test module, called with the script as module before its `main()`.
     """
@@ -189,8 +188,8 @@ def interrupted(script, tmp_path_factory, run_dir) -> Path:
 def main(script, monkeypatch, tmp_path, capsys):
     """Call the script's `main()` in this process and an empty folder, for what ends before training starts."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    monkeypatch.setattr("fcntl.flock", lambda *_: None)  # the end of a process would unlock what a call locks
+    for name in ("signal.signal", "fcntl.flock"):  # their effects would outlast the call
+        monkeypatch.setattr(name, lambda *_: None)
 
     def call(*flags: str) -> Ended:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments(script, flags)])
@@ -202,9 +201,7 @@ def main(script, monkeypatch, tmp_path, capsys):
         return Ended(code, *capsys.readouterr())
 
     yield call
-    torch.set_flush_denormal(False)  # main() turned it on for the whole process
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    torch.set_flush_denormal(False)
 
 
 def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
@@ -245,9 +242,7 @@ def assert_same_agent(run_dir: Path, other: Path) -> None:
 def assert_same_run(run_dir: Path, other: Path) -> None:
     """The same bits, wall-clock time aside: every evaluation and TensorBoard value once, weights and masks."""
     assert evaluations(run_dir) == evaluations(other)
-    ours, theirs = scalars(run_dir), scalars(other)
-    assert ours.keys() == theirs.keys()
-    assert {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]} == {}
+    assert scalars(run_dir) == scalars(other)
     assert_same_agent(run_dir, other)
 
 

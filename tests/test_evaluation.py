@@ -36,7 +36,6 @@ def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit
     for envs in (gym.vector.SyncVectorEnv(makers), gym.vector.AsyncVectorEnv(makers, context="fork")):
         for _ in range(2):  # what goes on after an episode does not count, nor does it matter for the next evaluation
             assert mst_mrq.evaluate(agent, envs, seeds, [], Path()) == pytest.approx(alone, rel=1e-5)  # batches of 3
-        assert mst_mrq.evaluate(agent, envs, seeds, [signal.SIGTERM], Path()) is None
         envs.close()
 
 
@@ -112,9 +111,3 @@ def test_processes_of_a_killed_run_hold_no_lock_and_end(script, evaluating, tmp_
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     wait_for_the_end(pids)
-
-
-def test_an_error_in_a_process_is_one_line(script, tmp_path):
-    flags = ["--actor-lr", "1e20", "--actor-arch", "1", "--critic-arch", "1", "--eval-interval", "40"]
-    ended = life(script, "--eval-processes", "--no-diagnostics", *flags, cwd=tmp_path)
-    assert_one_error(ended, 1, "an action of the actor is not finite", "agent step 40")

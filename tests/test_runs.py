@@ -56,8 +56,6 @@ def test_a_run_leaves_logs_arguments_versions_weights_and_masks_but_no_checkpoin
     assert config["versions"]["torch"] == torch.__version__
     assert saved.keys() == {"args", "run", "agent", "masks"}
     assert (saved["args"], saved["run"]["step"]) == (config["args"], 130)
-    for name, mask in saved["masks"]["critic"].items():
-        assert not saved["agent"][f"critic.{name}"][~mask].any()
 
 
 @all_scripts
@@ -74,7 +72,6 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run
         ("Path.unlink", 1, 120, 4),  # agent.pt is there, and so is the checkpoint still
     ]
     for death, (name, call, step, rows) in enumerate(deaths):
-        assert not (run_dir / "agent.pt").exists()
         assert life(script, cwd=tmp_path, at=(name, call, signal.SIGKILL)).code == -signal.SIGKILL
         assert (checkpoint_step(run_dir), len(evaluations(run_dir))) == (step, rows and 1 + rows)
         assert (run_dir / "config.json").exists() == (death > 0)
@@ -96,9 +93,7 @@ def test_a_run_stopped_by_signals_says_resume_me_and_gives_the_same_bits(script,
         assert (ended.code, ended.err) == (RESUME_ME, "")
         assert ended.out.splitlines()[-1] == f"stopped at agent step {step}; start the same command again to go on"
         assert checkpoint_step(run_dir) == step
-    last = life(script, cwd=tmp_path)
-    assert (last.code, last.err) == (0, "")
-    assert "at agent step 57" in last.out
+    assert "at agent step 57" in life(script, cwd=tmp_path).out
     assert_same_run(run_dir, reference)
 
 
@@ -136,13 +131,11 @@ def flush_at_once(module):
     module.SummaryWriter = functools.partial(module.SummaryWriter, flush_secs=0)
 
 
-PENDULUM = ["--env", "InvertedPendulum-v5"]  # falls within 20 steps
+FALLS = ["--env", "InvertedPendulum-v5"]  # within 20 steps
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "hook"),
-    [*((script, [], with_dropout) for script in SCRIPTS), ("mst_sac", PENDULUM, None), ("mst_mrq", PENDULUM, None)],
-)
+@pytest.mark.parametrize(("flags", "hook"), [([], with_dropout), (FALLS, None)])
+@pytest.mark.parametrize("script", ["mst_sac", "mst_mrq"])
 def test_dropouts_that_someone_adds_and_terminations_resume_exactly(script, reference, tmp_path, flags, hook):
     flags, killed, whole = [*flags, "--total-timesteps", "70"], tmp_path / "killed", tmp_path / "whole"
     death = ("ReplayBuffer.add", 68, signal.SIGKILL)
@@ -168,9 +161,8 @@ def test_a_run_of_an_environment_that_cannot_be_restored_goes_on_with_a_new_epis
     assert steps(scalars(interrupted))["charts/episodic_return"] == [70, 110]  # 40 steps each from 30 on
 
 
-@pytest.mark.parametrize("interval", ["30", "50"])  # 50: the checkpoint is of the moment of an evaluation
-def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, reference, run_dir, tmp_path, interval):
-    death, flags = ("ReplayBuffer.add", 115, signal.SIGKILL), ["--checkpoint-interval", interval]
+def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, reference, run_dir, tmp_path):
+    death, flags = ("ReplayBuffer.add", 115, signal.SIGKILL), ["--checkpoint-interval", "50"]  # as the evaluations'
     assert life(script, *flags, cwd=tmp_path, at=death, hook=flush_at_once).code == -signal.SIGKILL
     live = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
     assert life(script, *flags, cwd=tmp_path).code == 0
@@ -184,11 +176,11 @@ def test_tensorboard_that_watches_a_run_resume_shows_no_point_twice(script, refe
 def test_what_never_moves_the_training_may_change_and_the_folder_may_move(script, reference, tmp_path):
     assert life(script, cwd=tmp_path, at=("Agent.act", 1, signal.SIGTERM)).code == RESUME_ME  # before all training
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    ended = life(
-        script, "--runs-dir", "elsewhere", "--no-diagnostics", "--eval-interval", "70", "--eval-episodes", "1",
-        "--eval-processes", "--log-interval", "5", "--checkpoint-interval", "40", "--cuda-graphs",
-        "--wandb-project-name", "else", cwd=tmp_path,
-    )  # fmt: skip
+    flags = (
+        "--runs-dir elsewhere --no-diagnostics --eval-interval 70 --eval-episodes 1 --eval-processes --log-interval 5"
+    )
+    flags += " --checkpoint-interval 40 --cuda-graphs --wandb-project-name else"
+    ended = life(script, *flags.split(), cwd=tmp_path)
     assert (ended.code, ended.err) == (0, "")
     moved = tmp_path / "elsewhere" / reference.name
     assert [row[0] for row in evaluations(moved)] == ["agent_step", "0", "70", "130"]
@@ -205,18 +197,12 @@ def test_a_finished_run_says_so_and_changes_no_file_and_other_arguments_are_refu
     assert (ended.code, ended.err) == (0, "")
     assert "is finished" in ended.out
     assert_one_error(other, 2, "batch_size 16 -> 17", "critic_regime dst -> sst", "--exp-name")
-
-
-@all_scripts
-def test_a_flag_that_the_old_run_did_not_know_is_no_difference_at_its_default(main, finished):
     config = json.loads((finished / "config.json").read_text())
-    del config["args"]["drop_fraction"]
-    (finished / "config.json").write_text(json.dumps(config))
-    assert main().code == 0
-    assert_one_error(main("--drop-fraction", "0.3"), 2, "drop_fraction 0.5 -> 0.3")
-    config["args"]["eval_workers"] = 2  # one that this script does not know
-    (finished / "config.json").write_text(json.dumps(config))
-    assert_one_error(main(), 2, "eval_workers 2 -> None")
+    del config["args"]["drop_fraction"]  # a flag that the old run did not know is no difference at its default
+    for unknown in ({}, {"eval_workers": 2}):
+        (finished / "config.json").write_text(json.dumps({"args": config["args"] | unknown}))
+        assert main().code == (2 if unknown else 0)
+    assert_one_error(main("--drop-fraction", "0.3"), 2, "drop_fraction 0.5 -> 0.3, eval_workers 2 -> None")
 
 
 def test_a_second_process_on_a_run_directory_is_refused_and_can_play_its_checkpoint(script, main, run_dir, tmp_path):
@@ -249,10 +235,9 @@ def flipped(path: Path) -> None:
 
 DAMAGES = {
     "torn": lambda path: os.truncate(path, path.stat().st_size - 1000),
-    "empty": lambda path: os.truncate(path, 0),
+    "empty": lambda path: path.write_bytes(b""),
     "flipped": flipped,
-    "of another program": lambda path: path.write_text("[project]"),
-    "of another program with torch": lambda path: torch.save({"progress": 1}, path),
+    "of another program": lambda path: torch.save({"progress": 1}, path),
     "malicious": lambda path: torch.save(Malicious(), path),
 }
 
@@ -305,9 +290,7 @@ def poison(path, content):
 def test_what_is_not_finite_never_replaces_a_good_checkpoint(script, run_dir, tmp_path, flags, at, culprit):
     ended = life(script, *flags.split(), cwd=tmp_path, at=at)
     assert_one_error(ended, 1, culprit, f"agent step {60 if at else 40}", "last good checkpoint")
-    good = torch.load(run_dir / "checkpoint.pt")
-    assert good["run"]["step"] == 30
-    assert all(weight.isfinite().all() for weight in good["agent"].values())
+    assert checkpoint_step(run_dir) == 30
 
 
 @all_scripts
@@ -333,29 +316,17 @@ def test_eval_only_refuses_what_it_cannot_play_and_flags_of_the_training(main, s
     assert_one_error(main("--eval-only", "nowhere"), 1, "nowhere", "missing")
 
 
-REGIMES = {"dense": (0, 0), "sst": (0.6, 0.6), "dst": (0.6, 0.6), "s2d": (0.6, 0), "d2s": (0, 0.6)}
-
-
 @all_scripts
-@pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_trains_every_module_between_its_two_sparsities(script, regime):
-    module, updates, random = importlib.import_module(script), 20, np.random.default_rng(0)
-    flags = {f"{name}_{what}": x for name in module.MODULES for what, x in [("regime", regime), ("sparsity", 0.6)]}
-    flags |= {"target_network_frequency": updates} if "encoder" in module.MODULES else {"updates_per_step": 1}
-    flags |= {"topology_update_interval": 4, "total_timesteps": updates, "learning_starts": 1}
-    args = module.Args(env_id="Hopper-v5", hidden_dim=64, batch_size=32, buffer_size=200, **flags)
-    agent, rb = (kind(args, 5, 2, torch.device("cpu")) for kind in (module.Agent, module.ReplayBuffer))
-    rb.start_episode(random.normal(size=5).astype(np.float32))
-    for _ in range(100):
-        action, obs = random.uniform(-1, 1, 2).astype(np.float32), random.normal(size=5).astype(np.float32)
-        rb.add(action, random.normal(), obs, False)
-    first = {name: sparsifier.sparsity() for name, sparsifier in agent.sparsifiers.items()}
-    for _ in range(updates):
-        agent.train_step(rb)
-    for name, sparsifier in agent.sparsifiers.items():
-        assert (first[name], sparsifier.sparsity()) == pytest.approx(REGIMES[regime], abs=0.01)  # floors, per layer
-        assert sparsifier.topology_updates == (5 if regime in ("dst", "s2d", "d2s") else 0)  # every 4 of 20
-        for key, mask in sparsifier.masks.items():
-            moments = agent.optimizers[name].state[sparsifier.weights[key]]
-            assert all(not x[~mask].any() for x in (sparsifier.weights[key], *moments.values()) if x.ndim)
-            assert moments["exp_avg"][mask].any()
+@pytest.mark.parametrize(("regime", "first", "last"), [("s2d", 0.6, 0), ("d2s", 0, 0.6)])
+def test_every_module_follows_its_regime(script, run_dir, tmp_path, regime, first, last):
+    modules = importlib.import_module(script).MODULES
+    flags = " ".join(f"--{name}-regime {regime} --{name}-sparsity 0.6" for name in modules)
+    flags += " --topology-update-interval 7 --total-timesteps 70"
+    assert life(script, *flags.split(), cwd=tmp_path).code == 0
+    saved, values = torch.load(run_dir / "agent.pt"), scalars(run_dir)
+    for name in modules:
+        sparsities = values[f"sparsity/{name}_sparsity", 0], values[f"sparsity/{name}_sparsity", 70]
+        assert sparsities == pytest.approx((first, last), abs=0.03)  # few weights, rounded down
+        assert values[f"sparsity/{name}_topology_updates", 70] >= 31 // 7  # updates from step 40 on
+        for key, mask in saved["masks"][name].items():
+            assert not saved["agent"][f"{name}.{key}"][~mask].any()
