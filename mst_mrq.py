@@ -670,7 +670,6 @@ def episode_seeds(*key: int, count: int = 1) -> list[int]:
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, video: Path) -> np.ndarray | None:
     """The returns of an episode with each seed, without noise; None if a signal came meanwhile."""
     returns, running, frames = np.zeros(len(seeds)), np.ones(len(seeds), bool), []
-    agent.eval()
     try:
         obs, _ = envs.reset(seed=seeds)
         while running.any() and not stop:
@@ -680,7 +679,9 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, 
             returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
             running &= ~(terminated | truncated)
     except (EOFError, ConnectionError, KeyboardInterrupt):
-        envs.closed = True  # nothing to say to its processes any more
+        for process in envs.processes:  # quietly
+            process.kill()
+        envs.closed = True
         time.sleep(1)  # the signal that ended one of them may reach this one later
         if not stop:
             sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
@@ -886,7 +887,7 @@ def main() -> int:
         if args.cuda:
             torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up
         dims = env.observation_space.shape[0], env.action_space.shape[0]
-        agent, rb = Agent(args, *dims, device), ReplayBuffer(args, *dims, device)
+        agent, rb = Agent(args, *dims, device).eval(), ReplayBuffer(args, *dims, device)
         print_table(args, agent, rb)
         if args.dry_run:
             return 0
@@ -974,7 +975,6 @@ def main() -> int:
             if not run.actions:
                 obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
                 rb.start_episode(obs)
-            agent.eval()
             action = agent.explore(obs, run.step < args.learning_starts, exploration)
             obs, reward, terminated, truncated, _ = env.step(action)
             rb.add(action, reward, obs, terminated)
@@ -986,6 +986,7 @@ def main() -> int:
             if run.step >= args.learning_starts:
                 agent.train()
                 metrics = agent.train_step(rb)
+                agent.eval()
                 run.metrics |= zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)
                 if broken := [f"{name} is {value}" for name, value in run.metrics.items() if not math.isfinite(value)]:
                     raise FloatingPointError(f"{broken[0]}; a lower learning rate or LayerNorm may help")
