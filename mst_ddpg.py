@@ -6,8 +6,8 @@
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
 2510.12096, section 4, Fig. 13): DDPG (arXiv 1509.02971) on the networks of SimBa (arXiv 2410.09754), with one
-training regime per module: critic dynamic sparse, actor static sparse. What stands below `# OPERATIONS` is the same in
-all scripts. Exit codes: 0 finished, 75 stopped with a checkpoint (start it again), 2 wrong usage, 1 any other failure.
+training regime per module: critic dynamic sparse, actor static sparse. Below `# OPERATIONS` all scripts are the same.
+Exit codes: 0 finished, 75 stopped by a signal with a checkpoint (start it again), 2 wrong usage, 1 any other failure.
 """
 
 import copy
