@@ -401,6 +401,6 @@ def test_seeds_of_one_command_run_side_by_side_and_stop_together(tmp_path):
     stopped = start("3-5")
     while not all((tmp_path / f"{task}.pid").exists() for task in ("waits", "waits-too")):
         time.sleep(0.01)
-    stopped.send_signal(signal.SIGINT)
+    stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(60) == 75
     assert not (tmp_path / f"{log}5.log").exists()  # nothing is started after the signal
