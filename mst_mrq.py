@@ -65,8 +65,8 @@ class Args:
 
     # Environment and evaluation. A step is an agent step: one action of the policy
     env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "dog-run"  # dm_control task or Gymnasium id
-    action_repeat: int | None = None  # environment steps per agent step (None: 2 on DeepMind Control, else 1)
-    max_episode_steps: int | None = None  # truncates episodes (None: the limit that the environment declares)
+    action_repeat: int | None = None  # environment steps per agent step; None: 2 on DeepMind Control, else 1
+    max_episode_steps: int | None = None  # truncates episodes; None: the limit that the environment declares
     total_timesteps: int = 500_000  # agent steps of the whole run; the schedules of eqs. 1 and 2 run over them
     eval_interval: int = 5_000  # agent steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation, without noise, in environments of their own
@@ -116,8 +116,8 @@ class Args:
     growth: Literal["rigl", "set"] = "rigl"  # connections grow where the gradient is largest (rigl) or at random (set)
     topology_update_interval: int = 1000  # a module's updates between changes of its topology
     drop_fraction: float = 0.5  # share of the connections replaced at the first change, decays to 0 (eq. 1)
-    schedule_start: float | None = None  # of eq. 2, as a share of training (None: 0.2 for d2s, 0 for s2d)
-    schedule_end: float | None = None  # of eq. 2, as a share of training (None: 0.8 for d2s, 1 for s2d)
+    schedule_start: float | None = None  # of eq. 2, as a share of training; None: 0.2 for d2s, 0 for s2d
+    schedule_end: float | None = None  # of eq. 2, as a share of training; None: 0.8 for d2s, 1 for s2d
 
 
 # NETWORKS (Appendix C)
