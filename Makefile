@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO = --env cartpole-swingup --action-repeat 4 --width-scale 0.25 --batch-size 128 --buffer-size 20000 --learning-starts 1000 \
 	--total-timesteps 7000 --eval-interval 1000 --eval-episodes 5 --exp-name demo
 
-.PHONY: demo test test-slurm operations
+.PHONY: demo test test-slurm evidence operations
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -24,6 +24,10 @@ test-slurm: .venv/installed
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# runs the notebook on the runs in results/small and stores its outputs
+evidence: .venv/installed
+	.venv/bin/jupyter execute --inplace analysis/notebooks/evidence.ipynb
 
 # copies what stands below OPERATIONS in mst_sac.py into the other scripts
 operations:

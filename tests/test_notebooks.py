@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom and are stored without output."""
+"""The notebooks run from top to bottom. One is stored with what it printed and drew, the others without."""
 
 import nbformat
 import pytest
@@ -8,7 +8,8 @@ from test_analysis_runs import write
 
 from experiments.figures import MRQ, MRQ_MST_5X, MRSAC, RES, SIMBA, STRONG_ENCODER, Run
 
-NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
+FOLDER = ROOT / "analysis" / "notebooks"
+NOTEBOOKS = sorted(set(FOLDER.glob("*.ipynb")) - {FOLDER / "evidence.ipynb"})
 SAC = {"script": "mst_sac", **SIMBA}
 TAGS = [
     f"plasticity/{module}_{what}" for module in ("encoder", "critic", "actor") for what in ("srank", "dormant_ratio")
@@ -43,3 +44,25 @@ def test_notebook_is_stored_without_output_and_runs(path, runs_dir, monkeypatch)
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell
         printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # in pieces
         assert "missing: cartpole-balance__toy-" in printed or path.stem == "curves"
+
+
+def printed_and_drawn(notebook) -> list[tuple[str, int]]:
+    """What each cell prints, and how many pictures it draws."""
+    return [
+        (
+            "".join(output.text for output in cell.outputs if output.get("name") == "stdout"),
+            sum("image/png" in output.get("data", {}) for output in cell.outputs),
+        )
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def test_the_stored_outputs_of_the_evidence_are_those_of_code_and_results_now(monkeypatch):
+    for name, value in {**ENVIRONMENT, "MUJOCO_GL": "disable"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(FOLDER / "evidence.ipynb", as_version=4)
+    stored = printed_and_drawn(notebook)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()
+    assert printed_and_drawn(notebook) == stored, "stale: run `make evidence`, look at the outputs and commit them"
+    assert [drawn for _, drawn in stored] == [0, 1, 1, 0, 1, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sparse_utils
+from analysis.runs import load_runs
 from experiments import figures
 
 ROOT = Path(__file__).parent.parent
@@ -74,14 +75,12 @@ def test_every_picture_and_page_of_the_readme_exists():
 
 def test_the_evidence_quotes_the_returns_of_the_results():
     """The last evaluation of every run of Fig. 14 at small size."""
-    rows = (ROOT / "results/small/fig14.csv").read_text().splitlines()
-    last = {tuple(row.split(",")[:3]): float(row.split(",")[5]) for row in rows[1:] if row.split(",")[3] == "30000"}
-    names = {"dense / dense", "dst / sst (MST)", "sst / sst", "dst / dst", "sst / dst"}
-    quoted = {}
-    for name, *values in re.findall(
-        r"^\| ([^|]+) \| (\S+) \| (\S+) \|$", (ROOT / "docs/evidence.md").read_text(), flags=re.M
+    found = load_runs(ROOT / "results/small/runs", sizes=False).evaluations
+    last = found[found["agent_step"] == 30_000].set_index(["critic_regime", "actor_regime", "seed"])
+    page, quoted = (ROOT / "docs/evidence.md").read_text(), {}
+    for critic, actor, cells in re.findall(
+        r"^\| (dense|.st) / (dense|.st)(?: \(MST\))? \| (.*) \|$", page, flags=re.MULTILINE
     ):
-        if name in names:
-            critic, actor = name.removesuffix(" (MST)").split(" / ")
-            quoted |= {(critic, actor, str(seed)): float(x) for seed, x in enumerate(values, 1) if x != "-"}
-    assert quoted == {key: round(value) for key, value in last.items()}
+        values = enumerate(cells.split(" | "), 1)
+        quoted |= {(critic, actor, seed): int(value) for seed, value in values if value != "-"}
+    assert quoted == last["episode_return_mean"].round().to_dict()
