@@ -23,7 +23,8 @@ TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 
 def commands(program: str) -> list[list[str]]:
     """The words behind this program in every indented line of code, up to `--` or a comment."""
-    found = re.findall(rf"^    {program}(.*)", "\n".join(TEXT.values()), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n *", "", "\n".join(TEXT.values()))  # one for each command
+    found = re.findall(rf"^    {program}(.*)", lines, flags=re.MULTILINE)
     return list(map(list, dict.fromkeys(tuple(shlex.split(line.split(" -- ")[0], comments=True)) for line in found)))
 
 
