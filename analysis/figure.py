@@ -2,7 +2,7 @@
 
     python -m analysis.figure fig06 --runs runs --out figures
     python -m analysis.figure fig14 --published curves.csv    # beside published learning curves
-    python -m analysis.figure fig06 --cost                    # wall-clock time, memory and FLOPs of its cells
+    python -m analysis.figure fig06 --cost                    # wall-clock time and FLOPs of its cells
     python -m analysis.figure all --toy                       # every figure that has runs
 
 For each figure it writes a PNG, a PDF, a CSV of exactly the numbers drawn and a text with what is missing and what the
@@ -324,21 +324,19 @@ def costs(loaded: Loaded, figure: str) -> pd.DataFrame:
 
     Returns:
         cell, series, parameters, active, flops and sparse_flops (of one forward pass of all modules for one sample,
-        mean over the tasks), and, over the complete runs, hours (wall-clock) and gib (peak memory): mean,
-        <name>_low and <name>_high (smallest and largest); n, expected.
+        mean over the tasks), and, over the complete runs, hours (wall-clock): mean, hours_low and hours_high (smallest
+        and largest); n, expected.
     """
     form, runs = FORMS[figure], described(figure, loaded.runs)
     apart = dict.fromkeys(name for name in (form.row, form.column, form.point) if name and name != "env")
     runs["series"] = runs[form.series].astype(str)
-    whole = runs["state"] == "complete"
-    runs["hours"], runs["gib"] = (runs["wall_seconds"] / 3600).where(whole), runs["peak_memory_gib"].where(whole)
+    runs["hours"] = (runs["wall_seconds"] / 3600).where(runs["state"] == "complete")
     found = []
     for place, group in runs.groupby([*apart, "series"], sort=False):
         cell = ", ".join(cell_name(name, value) for name, value in zip(apart, place, strict=False))
         sizes = group.groupby("env")[["parameters", "active", "flops", "sparse_flops"]].mean().mean()
-        spent = {}
-        for name in ("hours", "gib"):
-            spent |= {name: group[name].mean(), f"{name}_low": group[name].min(), f"{name}_high": group[name].max()}
+        hours = group["hours"]
+        spent = {"hours": hours.mean(), "hours_low": hours.min(), "hours_high": hours.max()}
         n = {"n": int((group["state"] == "complete").sum()), "expected": len(group)}
         found.append({"cell": cell or "all", "series": place[-1], **sizes, **spent, **n})
     return in_series_order(pd.DataFrame(found))
@@ -545,22 +543,18 @@ def draw_costs(figure: str, table: pd.DataFrame, caption: str) -> Figure:
     with rc_context(STYLE):
         fig = Figure(figsize=(PAGE, 0.9 + heights * len(cells)), layout="constrained")
         body = add_caption(fig, caption) if caption else fig
-        axes = body.subplots(1, 3, sharey=True)
+        axes = body.subplots(1, 2, sharey=True)
         for point in table.itertuples():
             style = look(point.series, FORMS[figure])
             y = cells.index(point.cell) + 0.7 * ((series.index(point.series) + 0.5) / len(series) - 0.5)
             drawn = {"color": style.color, "marker": style.marker, "linestyle": "", "markersize": 3.5} | UNCLIPPED
             whole = style.color if point.n == point.expected else "white"
-            for ax, name, factor in zip(axes, ("hours", "gib"), (per_hour, 1), strict=False):
-                low, value, high = (factor * getattr(point, name + end) for end in ("_low", "", "_high"))
-                ax.hlines(y, low, high, color=style.color, linewidth=0.8)
-                ax.plot(value, y, markerfacecolor=whole, **drawn)
-            axes[2].plot([point.sparse_flops / 1e6, point.flops / 1e6], [y, y], color=style.color, linewidth=0.6)
-            axes[2].plot(point.flops / 1e6, y, **drawn | {"marker": "|"})
-            axes[2].plot(point.sparse_flops / 1e6, y, **drawn)
-        memory = "Peak memory (GiB)" if table["gib"].notna().any() else "Peak memory: not logged"
-        labels = (f"Wall-clock time ({unit})", memory, "MFLOPs per sample")
-        for ax, label in zip(axes, labels, strict=True):
+            axes[0].hlines(y, per_hour * point.hours_low, per_hour * point.hours_high, color=style.color, linewidth=0.8)
+            axes[0].plot(per_hour * point.hours, y, markerfacecolor=whole, **drawn)
+            axes[1].plot([point.sparse_flops / 1e6, point.flops / 1e6], [y, y], color=style.color, linewidth=0.6)
+            axes[1].plot(point.flops / 1e6, y, **drawn | {"marker": "|"})
+            axes[1].plot(point.sparse_flops / 1e6, y, **drawn)
+        for ax, label in zip(axes, (f"Wall-clock time ({unit})", "MFLOPs per sample"), strict=True):
             ax.set_xlabel(label)
             ax.set_xlim(0, 1.06 * ax.get_xlim()[1])
             ax.xaxis.set_major_locator(ticks(4))
@@ -677,8 +671,8 @@ def figure_caption(loaded: Loaded, figure: str, table: pd.DataFrame, options: Op
 def cost_caption(loaded: Loaded, table: pd.DataFrame) -> str:
     hollow = " Hollow: runs are missing." if (table["n"] < table["expected"]).any() else ""
     return (
-        f"Mean and range over {loaded.runs['seed'].nunique()} seeds on {task_names(loaded.runs)}; time and memory "
-        "depend on the machine. FLOPs of one forward pass of all modules: strokes of all weights, markers of the "
+        f"Mean and range over {loaded.runs['seed'].nunique()} seeds on {task_names(loaded.runs)}; time depends on "
+        "the machine. FLOPs of one forward pass of all modules: strokes of all weights, markers of the "
         f"active ones (theoretical: the code multiplies dense matrices).{hollow}"
     )
 
@@ -729,7 +723,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the runs (iqm)")
     parser.add_argument("--last", type=positive, metavar="K", help="evaluations in a final return (the last tenth)")
     parser.add_argument("--no-caption", dest="caption", action="store_false", help="none below the panels")
-    parser.add_argument("--cost", action="store_true", help="wall-clock time, memory and FLOPs of the cells instead")
+    parser.add_argument("--cost", action="store_true", help="wall-clock time and FLOPs of the cells instead")
     args = vars(parser.parse_args(argv))
     asked, out = args.pop("figure"), args.pop("out")
     options = Options(**args | {"only": merged(args["only"])})

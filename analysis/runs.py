@@ -41,7 +41,6 @@ NOT_SETTINGS = (
     "runs_dir", "dry_run", "eval_only", "env_id", "log_interval", "checkpoint_interval", "diagnostics",
     "eval_processes", "cuda_graphs", "compile",
 )  # fmt: skip
-PEAK_MEMORY = "charts/peak_memory_gib"
 
 
 @dataclass
@@ -57,7 +56,6 @@ class Loaded:
             agent_step: of the last evaluation, NaN if missing; total_timesteps: agent steps of the whole run,
             parameters, active, flops, sparse_flops and those of each module: see `size`,
             wall_seconds: of the run until its last evaluation began,
-            peak_memory_gib: the largest logged value, on a GPU of its tensors, else of the process; NaN if not logged,
             git_commit.
         evaluations: a row per evaluation, the columns of `identity` and of `eval.csv`.
         problems: what `report` says beside missing and short runs.
@@ -126,7 +124,7 @@ def load_runs(*folders: str | Path, sizes: bool = True) -> Loaded:
     """Load any run directories, given by name or as the folders that hold them. `flags` are their arguments.
 
     Args:
-        sizes: with parameters, FLOPs and peak memory, which takes a second per task and reads all event files.
+        sizes: with parameters and FLOPs, which takes a second per task.
 
     Raises:
         ValueError: there is no run.
@@ -190,7 +188,6 @@ def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path
         }
         if sizes:
             row |= size(row["script"], args)
-            row["peak_memory_gib"] = max(_scalars(str(path), (PEAK_MEMORY,)).values(), default=nan)
     for text, names in deviations.items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         problems.append(f"not as declared: {text} in {len(names)} of {len(rows)} runs ({shown})")

@@ -200,7 +200,7 @@ def test_costs_are_hours_or_minutes_memory_and_flops_of_each_cell(runs_dir, tmp_
     assert "Wall-clock time (h)" in texts(figure.draw_costs("fig12", table, ""))
     table[hours] /= 60 * 8
     minutes = figure.draw_costs("fig12", table, "")
-    assert {"Wall-clock time (min)", "Peak memory: not logged"} <= set(texts(minutes))
+    assert "Wall-clock time (min)" in texts(minutes)
     assert 1 <= minutes.axes[0].get_xlim()[1] < 1.2  # seed 8 now took a minute
 
 
