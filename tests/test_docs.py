@@ -11,7 +11,7 @@ import pytest
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from analysis import figure
+from analysis import curves, figure
 from experiments.__main__ import make_parser
 from experiments.figures import runs
 
@@ -48,6 +48,14 @@ def test_figure_takes_the_documented_commands(command, tmp_path, capsys):
     assert "nowhere is no folder" in capsys.readouterr().err  # the first complaint after the arguments
 
 
+@pytest.mark.parametrize("command", commands("python -m analysis.curves "), ids=" ".join)
+def test_curves_takes_the_documented_commands(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        curves.main(command)
+    assert f"no run in {command[0]}" in capsys.readouterr().err  # the first complaint after the arguments
+
+
 def test_speed_takes_the_documented_commands():
     documented = {flag for line in commands("python benchmarks/speed.py") for flag in line if flag.startswith("--")}
     assert documented
@@ -66,12 +74,8 @@ def test_links_files_and_flags_of_a_page_exist(page):
         fields = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
         known = {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")} | {"--env", "--help"}
         code = re.findall(r"`[^`\n]+`", re.sub(r"^    .*", "", TEXT[page], flags=re.MULTILINE))
-        code = [
-            x
-            for x in code
-            if ("mst_" in x and "seeds.sh" not in x)
-            or not re.search(r"experiments|analysis|benchmarks|sbatch|logdir", x)
-        ]
+        others = re.compile(r"experiments|analysis|benchmarks|sbatch|logdir")
+        code = [x for x in code if ("mst_" in x and "seeds.sh" not in x) or not others.search(x)]
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code))) <= known
 
 
