@@ -81,7 +81,7 @@ def test_actions_that_no_rescaling_serves_are_refused(actions):
         make(actions=actions)
 
 
-WIDE = (np.float32([-3e38]), np.float32([3e38]), 1, np.float32([3e38]))  # its width is no float32
+WIDE = (np.float32([-3e38]), np.float32([3e38]), 0, np.float32([0]))  # its width is no float32
 BOXES = [(dtype([-1, 0, 2]), dtype([1, 10, 2]), 0.5, dtype([0.5, 7.5, 2])) for dtype in (np.float16, np.float64)]
 
 
@@ -235,9 +235,11 @@ def test_a_missing_or_mismatched_dm_control_is_a_line_with_the_versions(main, mo
 
 def test_windows_is_refused_in_one_line(main, monkeypatch):
     cli = tyro.cli
-    monkeypatch.setattr(os, "name", os.name)  # another name once all is imported, for the imports need the real one
-    monkeypatch.setattr(tyro, "cli", lambda *args, **kwargs: (cli(*args, **kwargs), setattr(os, "name", "nt"))[0])
-    assert_one_error(main(), 2, "Linux, macOS and WSL")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", os.name)  # another name once all is imported, for the imports need the real one
+        patch.setattr(tyro, "cli", lambda *args, **kwargs: (cli(*args, **kwargs), setattr(os, "name", "nt"))[0])
+        ended = main()
+    assert_one_error(ended, 2, "Linux, macOS and WSL")
     at_the_top = re.compile(r"^(import|from) fcntl", re.MULTILINE)  # which Windows does not have
     assert [script for script in SCRIPTS if at_the_top.search((ROOT / f"{script}.py").read_text())] == []
 
