@@ -1,22 +1,17 @@
-"""Shared by the tests of runs and errors: tiny runs as real processes, and the comparison of two run directories.
-
-`command()` starts `python <script>.py`. `life()` is as real, but forked from a process that has imported torch already,
-which saves five seconds per run, and it can get signals at chosen calls of any function.
-"""
+"""Shared by the tests of runs and errors: tiny runs as real processes, and the comparison of two run directories."""
 
 import collections
 import contextlib
+import functools
 import importlib
 import itertools
 import multiprocessing
-import operator
 import os
 import re
 import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -51,15 +46,8 @@ def arguments(script: str, flags: tuple[str, ...]) -> list[str]:
     return [*([] if "--eval-only" in flags else TINY + encoder), *flags]
 
 
-def command(script: str, *flags: str, cwd: Path) -> Ended:
-    """Run `python <script>.py` with the tiny arguments and `flags` to its end."""
-    line, environ = [sys.executable, ROOT / f"{script}.py", *arguments(script, flags)], os.environ | ENVIRONMENT
-    child = subprocess.run(line, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False)
-    return Ended(child.returncode, child.stdout, child.stderr)
-
-
 def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
-    """Run the script's `main()` in a process of its own, up to its end.
+    """Run the script's `main()` to its end, in a process forked from one that has imported torch already.
 
     at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process (with a fourth entry "group":
         all of the run) this signal at the start of the 5th such call, or calls a function as it was called; 0: at each.
@@ -103,7 +91,7 @@ def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=No
 
 def signal_at(module, name: str, call: int, action, to: str = "") -> None:
     *path, name = name.split(".")
-    owner = operator.attrgetter(".".join(path))(module) if path else module
+    owner = functools.reduce(getattr, path, module)
     original, calls = getattr(owner, name), itertools.count(1)
     if to == "group":
         os.setpgrp()
@@ -155,21 +143,22 @@ def run_dir(script, tmp_path) -> Path:
     return tmp_path / RUN.format(script)
 
 
-MADE: dict[tuple, Path] = {}
-
-
-def made_once(tmp_path_factory, script: str, at: tuple = ()) -> Path:
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
     """The directory of a run with the tiny arguments, uninterrupted or killed there, made once in a session."""
-    if (script, at) not in MADE:
+
+    @functools.cache
+    def make(script: str, at: tuple = ()) -> Path:
         cwd = tmp_path_factory.mktemp("once")
         assert life(script, cwd=cwd, at=at).code == (-signal.SIGKILL if at else 0)
-        MADE[script, at] = cwd / RUN.format(script)
-    return MADE[script, at]
+        return cwd / RUN.format(script)
+
+    return make
 
 
 @pytest.fixture
-def reference(script, tmp_path_factory) -> Path:
-    return made_once(tmp_path_factory, script)
+def reference(script, made_once) -> Path:
+    return made_once(script)
 
 
 @pytest.fixture
@@ -179,9 +168,9 @@ def finished(reference, run_dir) -> Path:
 
 
 @pytest.fixture
-def interrupted(script, tmp_path_factory, run_dir) -> Path:
+def interrupted(script, made_once, run_dir) -> Path:
     """A copy of a run killed before its second checkpoint was written: it holds the first, at agent step 30."""
-    return shutil.copytree(made_once(tmp_path_factory, script, ("torch.save", 2, signal.SIGKILL)), run_dir)
+    return shutil.copytree(made_once(script, ("torch.save", 2, signal.SIGKILL)), run_dir)
 
 
 @pytest.fixture
@@ -233,9 +222,8 @@ def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
 def assert_same_agent(run_dir: Path, other: Path) -> None:
     """Weights and masks are the same to the bit."""
     ours, theirs = (torch.load(path / "agent.pt", weights_only=True) for path in (run_dir, other))
-    for part, those in [(ours["agent"], theirs["agent"]), *((ours["masks"][x], y) for x, y in theirs["masks"].items())]:
-        assert part.keys() == those.keys()
-        assert [name for name in part if not torch.equal(part[name], those[name])] == []
+    for part in ("agent", "masks"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
     assert len(ours["agent"]) > 10
 
 

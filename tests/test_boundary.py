@@ -1,8 +1,9 @@
 """What environments and users really do: it works, or one line says what is wrong before it does harm."""
 
+import concurrent.futures
 import importlib
 import os
-import subprocess
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,19 +12,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_error
+import tyro
 from gymnasium import spaces
 from gymnasium.spaces import Box
 
+from conftest import ROOT, SCRIPTS, all_scripts, assert_one_error, life  # isort: skip
 from mst_sac import AgentEnv, Args
 
-SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
-IN_ALL = pytest.mark.parametrize("script", SCRIPTS)
 ID, NAN, INF = "test_boundary:Tiny-v0", float("nan"), float("inf")
 
 
 class Tiny(gym.Env):
-    """Counts its steps in `t` since the reset and in `age` since it was made. One argument is the faulty part."""
+    """Counts its steps in `t` since the reset and in `age` since it was made."""
 
     def __init__(self, actions=None, observations=None, obs=None, reward=None, length=8, terminates=False):
         self.action_space = actions or Box(-1, 1, (2,), np.float32)
@@ -81,24 +81,16 @@ def test_actions_that_no_rescaling_serves_are_refused(actions):
         make(actions=actions)
 
 
-@IN_ALL
-def test_a_run_refuses_them_before_it_starts(run, tmp_path):
-    register(actions=Box(0, 10, (2,), np.int64))
-    assert_one_error(run(), 2, ID, "Box(0, 10, (2,), int64)")
-    assert not any(tmp_path.iterdir())
+WIDE = (np.float32([-3e38]), np.float32([3e38]), 0, np.float32([0]))  # its width is no float32
+BOXES = [(dtype([-1, 0, 2]), dtype([1, 10, 2]), 0.5, dtype([0.5, 7.5, 2])) for dtype in (np.float16, np.float64)]
 
 
-WIDE = np.float32([-3e38, 3e38])  # whose width is no float32
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_actions_are_rescaled_to_the_box(dtype):
-    env = make(actions=Box(dtype([-1, 0, 2]), dtype([1, 10, 2]), dtype=dtype))
-    third_step(env, 0.5)
-    assert (env.unwrapped.action.tolist(), env.unwrapped.action.dtype) == ([0.5, 7.5, 2], dtype)  # the last has 2 alone
-    env = make(actions=Box(*WIDE[:, None]))
-    third_step(env, 1.0)
-    assert env.unwrapped.action.tolist() == WIDE[1:].tolist()
+@pytest.mark.parametrize(("low", "high", "action", "rescaled"), [*BOXES, WIDE], ids=str)
+def test_actions_in_minus_1_to_1_are_rescaled_to_the_box(low, high, action, rescaled):
+    env = make(actions=Box(low, high, dtype=low.dtype))
+    third_step(env, action)
+    assert (env.unwrapped.action.tolist(), env.unwrapped.action.dtype) == (rescaled.tolist(), low.dtype)
+    assert env.action_space == Box(-1, 1, low.shape, np.float32)
 
 
 # REWARDS AND OBSERVATIONS
@@ -142,45 +134,37 @@ def test_observations_without_a_fixed_length_are_refused():
         make(observations=spaces.Sequence(Box(-1, 1, (2,))))
 
 
-# An environment of the evaluation takes 8 steps until step 50, so the 45th action of one is the run's, in training
-NAN_REWARD = {"reward": lambda env: NAN if env.age == 45 else 1.0}
-NAN_OBS = {"obs": lambda env: np.full(3, NAN if env.age == 45 else 0.1)}
+FAULTS = [  # an environment of the evaluation takes 8 steps until step 50: the 45th of one is the run's, in training
+    ({"reward": lambda env: NAN if env.age == 45 else 1.0}, "reward is no finite number: nan"),
+    ({"obs": lambda env: np.full(3, NAN if env.age == 45 else 0.1)}, "[nan, nan, nan]"),
+]
 
 
-@IN_ALL
-@pytest.mark.parametrize(
-    ("parts", "named"), [(NAN_REWARD, "reward is no finite number: nan"), (NAN_OBS, "[nan, nan, nan]")]
-)
+@all_scripts
+@pytest.mark.parametrize(("parts", "named"), FAULTS)
 def test_nan_of_an_environment_ends_the_run_in_a_line_that_names_what_where_and_when(run, parts, named):
     register(**parts)
     assert_one_error(run(), 1, ID, "agent step 44", "at step 5 of an episode", named)
 
 
-@IN_ALL
-def test_an_action_is_blamed_where_the_agent_is_the_cause(run, script, monkeypatch):
-    register()
-    monkeypatch.setattr(importlib.import_module(script).Agent, "explore", lambda *_: np.array([0, NAN], np.float32))
-    assert_one_error(run(), 1, ID, "agent step 0", "an action of the actor is not finite")
-
-
 # LENGTHS OF EPISODES
+@pytest.mark.parametrize("terminates", [True, False])
+def test_an_end_is_the_termination_or_truncation_of_the_environment(terminates):
+    assert third_step(make(length=3, terminates=terminates))[2:4] == (terminates, not terminates)
 
 
-@pytest.mark.parametrize(
-    ("limits", "flags", "limit"),
-    [
-        ({"limit": 50}, {}, 50),
-        ({"inside": 50}, {}, 50),
-        ({"limit": 50, "inside": 200}, {}, 50),
-        ({"limit": 50}, {"max_episode_steps": 30}, 30),
-        ({}, {"max_episode_steps": 200}, 200),
-        ({"inside": 50}, {"action_repeat": 3}, 17),  # 16 agent steps have 48 of the 50
-        ({"inside": 50}, {"action_repeat": 3, "max_episode_steps": 5}, 5),  # counted in agent steps
-        ({"limit": 200, "inside": 50}, {}, 50),
-        ({"limit": 50}, {"max_episode_steps": 200}, 50),
-    ],
-    ids=str,
-)
+LIMITS = [
+    ({"limit": 50, "inside": 200}, {}, 50),
+    ({"limit": 200, "inside": 50}, {}, 50),
+    ({"limit": 50}, {"max_episode_steps": 30}, 30),
+    ({"limit": 50}, {"max_episode_steps": 200}, 50),
+    ({}, {"max_episode_steps": 200}, 200),
+    ({"inside": 50}, {"action_repeat": 3}, 17),  # 16 agent steps have 48 of the 50
+    ({"inside": 50}, {"action_repeat": 3, "max_episode_steps": 5}, 5),  # counted in agent steps
+]
+
+
+@pytest.mark.parametrize(("limits", "flags", "limit"), LIMITS, ids=str)
 def test_the_limit_is_where_episodes_truncate(limits, flags, limit):
     env = make(flags, length=None, **limits)
     env.reset(seed=0)
@@ -189,9 +173,8 @@ def test_the_limit_is_where_episodes_truncate(limits, flags, limit):
     assert env.limit == limit
 
 
-# SimBa's rule: 1 - 5 / limit within 0.95 and 0.995. Reacher-v5 has 50 steps
-DISCOUNTS = [({"limit": 50}, "", 0.95), ({"inside": 200}, "", 0.975), ({}, "--max-episode-steps 200", 0.975)]
-DISCOUNTS += [({"limit": 400}, "--action-repeat 2", 0.975), ({}, "", 0.995), ({}, "--env gymnasium:Reacher", 0.95)]
+# 1 - 5 / limit, between 0.95 and 0.995. Reacher-v5 has 50 steps
+DISCOUNTS = [({"limit": 400}, "--action-repeat 2", 0.975), ({}, "", 0.995), ({}, "--env gymnasium:Reacher", 0.95)]
 
 
 @pytest.mark.parametrize("script", ["mst_sac", "mst_ddpg"])
@@ -204,7 +187,7 @@ def test_the_discount_follows_the_limit_and_the_table_names_both(run, limits, fl
     assert ("no declared limit" in ended.out) == (not limits and not flags)
 
 
-@IN_ALL
+@all_scripts
 def test_an_episode_without_end_ends_the_run_in_a_line_that_names_the_flag(run, script, monkeypatch):
     env_class = importlib.import_module(script).AgentEnv
     reset = env_class.reset
@@ -220,10 +203,11 @@ def test_without_any_window_of_the_encoders_horizon_a_line_names_it(run, length)
     assert_one_error(run(), 1, "--encoder-horizon")
 
 
-@IN_ALL
-@pytest.mark.parametrize(
-    ("length", "terminates", "limit"), [(1, 1, "None"), (4, 1, "None"), (5, 0, "None"), (None, 0, "7")]
-)
+SHORT = [(1, True, "None"), (4, True, "None"), (5, False, "None"), (None, False, "7")]
+
+
+@all_scripts
+@pytest.mark.parametrize(("length", "terminates", "limit"), SHORT)
 def test_short_episodes_train_where_there_is_a_window(run, length, terminates, limit):
     register(length=length, terminates=terminates)
     ended = run("--max-episode-steps", limit)
@@ -233,7 +217,7 @@ def test_short_episodes_train_where_there_is_a_window(run, length, terminates, l
 
 
 # NAMES, LIBRARIES AND PROCESSES
-@IN_ALL
+@all_scripts
 def test_directory_and_id_have_no_character_that_a_file_system_or_wandb_refuses(run, script, monkeypatch):
     ids = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: ids.append(kwargs["id"])))
@@ -242,65 +226,40 @@ def test_directory_and_id_have_no_character_that_a_file_system_or_wandb_refuses(
     assert ids == [path.name for path in Path("runs").iterdir()] == [f"test_boundary-Tiny-v0__{script}__1"]
 
 
-@IN_ALL
-@pytest.mark.parametrize("name", ["a/b", "../a", "a:b"])
-def test_an_experiment_named_as_a_path_is_refused(run, name, tmp_path):
-    assert_one_error(run("--exp-name", name), 2, f"--exp-name {name}")
-    assert not any(tmp_path.iterdir())
-
-
-@IN_ALL
-@pytest.mark.parametrize("error", [ModuleNotFoundError("dm_control"), AttributeError("flex_vertedge")], ids=repr)
-def test_a_missing_or_mismatched_dm_control_is_a_line_with_the_versions(main, script, monkeypatch, error):
-    def fails(name):
-        if name.startswith("dm_control"):
-            raise error
-        return importlib.import_module(name)
-
-    monkeypatch.setattr(importlib.import_module(script), "import_module", fails)
+@all_scripts
+@pytest.mark.parametrize("suite", [None, types.SimpleNamespace()], ids=["missing", "mismatched"])
+def test_a_missing_or_mismatched_dm_control_is_a_line_with_the_versions(main, monkeypatch, suite):
+    monkeypatch.setitem(sys.modules, "dm_control.suite", suite)
     assert_one_error(main("--env", "dog-run"), 2, "dog-run", "dm_control 1.0.50", "mujoco 3.17.0")
 
 
-def python(*flags: str, cwd: Path, before: str = "") -> tuple[int, str, str]:
-    """A short run in a process of its own, which executes `before` first."""
-    code = f"{before}\nimport runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    tiny = "--no-cuda --width-scale 0.03 --total-timesteps 20 --learning-starts 15 --batch-size 8 --eval-episodes 2"
-    line, paths = [sys.executable, "-c", code, f"{ROOT}/mst_sac.py", *tiny.split()], f"{ROOT}:{ROOT}/tests:{cwd}"
-    child = subprocess.run([*line, *flags], cwd=cwd, env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-                           text=True, timeout=120, check=False)  # fmt: skip
-    return child.returncode, child.stdout, child.stderr
+def test_windows_is_refused_in_one_line(main, monkeypatch):
+    cli = tyro.cli
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", os.name)  # another name once all is imported, for the imports need the real one
+        patch.setattr(tyro, "cli", lambda *args, **kwargs: (cli(*args, **kwargs), setattr(os, "name", "nt"))[0])
+        ended = main()
+    assert_one_error(ended, 2, "Linux, macOS and WSL")
+    at_the_top = re.compile(r"^(import|from) fcntl", re.MULTILINE)  # which Windows does not have
+    assert [script for script in SCRIPTS if at_the_top.search((ROOT / f"{script}.py").read_text())] == []
 
 
-def test_windows_is_refused_in_one_line(tmp_path):
-    # as there: no fcntl; and after the imports, which need the real one, another os.name
-    before = "import os, sys, tyro; sys.modules['fcntl'] = None; cli = tyro.cli\n"
-    before += "tyro.cli = lambda *args, **kwargs: (cli(*args, **kwargs), setattr(os, 'name', 'nt'))[0]"
-    code, _, err = python("--env", "Pendulum-v1", cwd=tmp_path, before=before)
-    assert (code, err.count("\n"), err[:7], "Linux, macOS and WSL" in err) == (2, 1, "error: ", True)
-    assert not [script for script in SCRIPTS if "\nimport fcntl" in (ROOT / f"{script}.py").read_text()]
+POOL = concurrent.futures.ThreadPoolExecutor(1)
 
 
-@pytest.mark.parametrize("flag", ["--no-eval-processes", "--eval-processes"])
-def test_mujoco_warns_once(flag, tmp_path):
-    code, out, err = python("--env", "HalfCheetah-v5", "--dry-run", "--eval-episodes", "2", flag, cwd=tmp_path)
-    assert code == 0
-    assert (out + err).count("WARNING") <= 1
-
-
-THREADED = """
-import concurrent.futures, gymnasium, test_boundary
-pool = concurrent.futures.ThreadPoolExecutor(1)
-class Threaded(test_boundary.Tiny):
-    def __init__(self):
-        super().__init__(reward=lambda env: pool.submit(lambda: {reward}).result())
+class Threaded(Tiny):
+    def __init__(self, number: float):
+        super().__init__(reward=lambda env: POOL.submit(lambda: number).result())
         self.reward(self)  # starts the thread
-gymnasium.register("Threaded-v0", Threaded)
-"""
 
 
-@pytest.mark.parametrize(("reward", "lines"), [("1.0", 0), ("float('nan')", 1)])
-def test_an_environment_that_starts_threads_is_evaluated_in_processes(reward, lines, tmp_path):
-    (tmp_path / "threaded.py").write_text(THREADED.format(reward=reward))
-    code, out, err = python("--env", "threaded:Threaded-v0", "--eval-processes", cwd=tmp_path)
-    assert (code, err.count("\n")) == (lines, lines)
-    assert lines or "return     8.0 +-   0.0" in out
+gym.register("Threaded-v0", Threaded, kwargs={"number": 1.0})
+gym.register("Nan-v0", Threaded, kwargs={"number": NAN})
+
+
+@pytest.mark.parametrize(("name", "lines"), [("Threaded-v0", 0), ("Nan-v0", 1)])
+def test_an_environment_that_starts_threads_is_evaluated_in_processes(script, name, lines, tmp_path):
+    flags = ["--env", f"test_boundary:{name}", "--eval-processes", "--total-timesteps", "20"]
+    ended = life(script, *flags, cwd=tmp_path)
+    assert (ended.code, ended.err.count("\n")) == (lines, lines)
+    assert lines or "return     8.0 +-   0.0" in ended.out

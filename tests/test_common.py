@@ -3,12 +3,10 @@
 import ast
 import difflib
 import subprocess
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, SCRIPTS, all_scripts
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
 LINES = {"mst_ddpg": 800, "mst_sac": 840, "mst_mrq": 1020, "mst_mrsac": 1060}
 ALGORITHM_ENDS = {"mst_ddpg": 430, "mst_sac": 430, "mst_mrq": 630, "mst_mrsac": 630}
 OPERATIONS = "# OPERATIONS: the same in all scripts"
@@ -29,15 +27,11 @@ def nodes(script: str, kind) -> list:
 def definitions(script: str) -> dict[str, str]:
     """The source of every function, method and class without methods, by qualified name."""
     text, found = "\n".join(source(script)), {}
-
-    def visit(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, ast.ClassDef) and any(isinstance(child, ast.FunctionDef) for child in node.body):
-                visit(node.body, f"{node.name}.")
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found[prefix + node.name] = ast.get_source_segment(text, node)
-
-    visit(ast.parse(text).body, "")
+    for node in ast.parse(text).body:
+        methods = [x for x in node.body if isinstance(x, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+        found |= {f"{node.name}.{x.name}": ast.get_source_segment(text, x) for x in methods}
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not methods:
+            found[node.name] = ast.get_source_segment(text, node)
     return found
 
 
@@ -53,13 +47,11 @@ def test_two_scripts_of_a_family_differ_in_the_policy_alone_and_in_150_lines_of_
     ours, theirs = definitions(script), definitions(other)
     assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == DIFFERENCES[script, other]
     assert ours.keys() ^ theirs.keys() <= {"Actor.sample"}  # of the stochastic policies
-    diff = subprocess.run(
-        ["diff", *(ROOT / f"{x}.py" for x in (script, other))], stdout=subprocess.PIPE, check=False
-    ).stdout
-    assert len(diff.splitlines()) <= 150
+    files = [ROOT / f"{x}.py" for x in (script, other)]
+    assert len(subprocess.run(["diff", *files], stdout=subprocess.PIPE).stdout.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@all_scripts
 def test_a_script_can_be_read_in_one_sitting(script):
     lines = source(script)
     assert len(lines) <= LINES[script]
@@ -71,14 +63,14 @@ def test_a_script_can_be_read_in_one_sitting(script):
     assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@all_scripts
 def test_the_topology_update_is_one_visible_line_in_the_algorithm(script):
     lines = source(script)
     (place,) = [n for n, line in enumerate(lines) if "self.sparsifiers[name].step()" in line]
     assert place < lines.index(OPERATIONS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@all_scripts
 def test_a_script_needs_sparse_utils_alone_of_this_repository(script):
     ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     imported = {alias.name for node in nodes(script, ast.Import) for alias in node.names}

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FixedBatch
-from test_graphs import SCRIPTS, make
+from conftest import SCRIPTS, FixedBatch
+from test_graphs import make
 
 EAGER = {"rtol": 0, "atol": 0}  # the same operations, traced
 # inductor fuses operations and so rounds otherwise; an update moves a weight by 1e-4

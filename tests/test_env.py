@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -31,13 +30,6 @@ def play(env, actions):
     return bits
 
 
-def two_plain_steps(raw, action):
-    """Two steps of dm_control itself, its observations concatenated in the order of their spec."""
-    first, second = raw.step(action), raw.step(action)
-    obs = np.concatenate([np.ravel(second.observation[name]) for name in raw.observation_spec()])
-    return obs.astype(np.float32).tobytes(), first.reward + second.reward
-
-
 # dog: 9 observations, fish: scalars and a target drawn at reset, quadruped: actions outside [-1, 1]
 @pytest.mark.parametrize("env_id", ["dog-run", "fish-swim", "ball_in_cup-catch", "quadruped-run"])
 def test_a_step_is_two_dm_control_steps_bit_for_bit(env_id):
@@ -51,42 +43,22 @@ def test_a_step_is_two_dm_control_steps_bit_for_bit(env_id):
     for action in random_actions(env, 50):
         in_bounds = action if env_id != "quadruped-run" else low + (action.astype(float) + 1) * (high - low) / 2
         obs, reward, terminated, truncated, _ = env.step(action)
-        assert env.observation_space.contains(obs)
-        assert (obs.tobytes(), reward, terminated, truncated) == (*two_plain_steps(raw, in_bounds), False, False)
+        first, second = raw.step(in_bounds), raw.step(in_bounds)
+        plain = np.concatenate([np.ravel(second.observation[name]) for name in raw.observation_spec()])
+        assert (obs.tobytes(), reward) == (plain.astype(np.float32).tobytes(), first.reward + second.reward)
+        assert (terminated, truncated) == (False, False)
 
 
 # 1,000 environment steps; lqr has no limit of its own
-@pytest.mark.parametrize(
-    ("env_id", "action_repeat", "steps"),
-    [
-        ("pendulum-swingup", None, 500),
-        ("pendulum-swingup", 1, 1000),
-        ("cartpole-balance", 3, 334),
-        ("lqr-lqr_2_1", None, 500),
-    ],
-)
+LIMITS = [("pendulum-swingup", None, 500), ("pendulum-swingup", 1, 1000), ("cartpole-balance", 3, 334)]
+
+
+@pytest.mark.parametrize(("env_id", "action_repeat", "steps"), [*LIMITS, ("lqr-lqr_2_1", None, 500)])
 def test_a_dm_control_episode_truncates_at_its_limit(env_id, action_repeat, steps):
     env = make(env_id, action_repeat=action_repeat)
     env.reset(seed=0)
     ends = [end[2:] for end in play(env, random_actions(env, 1001))]
     assert (len(ends), env.limit, ends[-1]) == (steps, steps, (False, True))
-
-
-def test_a_gymnasium_termination_passes_through():
-    env = make("Hopper-v5")
-    env.reset(seed=0)
-    ends = [end[2:] for end in play(env, np.ones((100, 3), np.float32))]
-    assert ends[-1] == (True, False)  # the hopper falls
-
-
-def test_gymnasium_actions_are_rescaled_and_repeated():
-    raw, env = gym.make("Pendulum-v1"), make("Pendulum-v1", action_repeat=4)
-    raw.reset(seed=3)
-    env.reset(seed=3)
-    raw_rewards = [raw.step(np.array([1.0], np.float32))[1] for _ in range(4)]  # torques in [-2, 2]
-    obs, reward, _, _, _ = env.step(np.array([0.5], np.float32))
-    assert reward == pytest.approx(sum(raw_rewards), rel=1e-12)
-    assert obs.dtype == np.float32 and env.action_space.low == -1 and env.action_space.high == 1
 
 
 # reacher, finger and fish write into the model at reset, lqr draws its model at loading
@@ -105,17 +77,9 @@ def test_a_replayed_episode_goes_on_bit_for_bit(env_id):
     assert play(restored, rest) == play(played, rest)
 
 
-def test_the_seed_at_loading_draws_the_model_of_lqr_and_that_of_reset_the_episode():
+def test_the_seed_at_loading_draws_the_model_of_lqr():
     stiffness = [make("lqr-lqr_2_1", seed).unwrapped.dmc.physics.model.jnt_stiffness.tolist() for seed in (1, 1, 2)]
     assert stiffness[0] == stiffness[1] != stiffness[2]
-    env = make("cartpole-swingup")
-    assert env.reset(seed=1)[0].tobytes() != env.reset(seed=2)[0].tobytes()
-
-
-@pytest.mark.parametrize("env_id", ["dog-rum", "HalfCheetah-v55", "nothing", "no_such_package:Thing-v0"])
-def test_an_environment_that_there_is_not_is_refused_in_one_line(env_id):
-    with pytest.raises(ValueError, match=f"^no {env_id}: [^\n]*$"):
-        make(env_id)
 
 
 def run_python(code, **environ):
@@ -130,7 +94,7 @@ def run_python(code, **environ):
 
 def test_a_headless_run_is_silent():
     code = "env = AgentEnv(Args(env_id=x)); env.reset(seed=0); env.step(env.action_space.sample())"
-    child = run_python(f"for x in ('dog-run', 'Hopper-v5'): {code}", MUJOCO_GL="disable")
+    child = run_python(f"for x in ('dog-run', 'HalfCheetah-v5'): {code}", MUJOCO_GL="disable")
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 

@@ -22,7 +22,12 @@ REFUSED = {  # and words of the one line
     "--actor-lr -1": "--actor-lr -1.0",
     "--weight-decay inf": "--weight-decay inf",
     "--seed -1": "--seed -1",
-    "--exp-name a/b": "--exp-name a/b names a folder",
+    "--exp-name ../a": "--exp-name ../a names a folder",
+    "--exp-name a:b": "--exp-name a:b names a folder",
+    **{
+        f"--env {name}": f"no {name}: "
+        for name in ("dog-rum", "HalfCheetah-v55", "nothing", "no_such_package:Thing-v0")
+    },
     "--q-horizon 6": "--encoder-horizon must be at least --q-horizon",
     f"--buffer-size {10**13}": "allocate memory",
     # The Sparsifier's words

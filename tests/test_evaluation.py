@@ -9,15 +9,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_error, assert_same_run, end, life, start, wait_for
+from conftest import assert_same_run, end, life, start, wait_for
 
 import mst_mrq
 
-EPISODES = [
-    ("cartpole-swingup", 50),
-    ("InvertedPendulum-v5", None),
-    ("lqr-lqr_2_1", 9),
-]  # falls; model from the run's seed
+# the pendulum falls, lqr has its model from the run's seed
+EPISODES = [("cartpole-swingup", 50), ("InvertedPendulum-v5", None), ("lqr-lqr_2_1", 9)]
 
 
 @pytest.mark.parametrize(("env_id", "limit"), EPISODES)
@@ -47,8 +44,8 @@ def state(pid: int) -> str:
         return "gone"
 
 
-def wait_for_the_end(pids: list[int]) -> None:
-    wait_for(lambda: all(state(pid) in ("Z", "gone") for pid in pids))
+def ended(pids: list[int]) -> bool:
+    return all(state(pid) in ("Z", "gone") for pid in pids)
 
 
 @pytest.fixture
@@ -70,32 +67,29 @@ SIGNALS = [(signal.SIGINT, [], 60), (signal.SIGUSR1, [], 60), (signal.SIGTERM, [
 
 
 @pytest.mark.parametrize(("number", "flags", "call"), SIGNALS)
-def test_a_signal_to_all_processes_of_an_evaluation_stops_the_run(script, reference, tmp_path, number, flags, call):
-    ended = life(script, "--eval-processes", *flags, cwd=tmp_path, at=("Agent.act", call, number, "group"))
-    assert (ended.code, ended.err) == (75, "")
-    assert f"stopped at agent step {0 if flags else 50}" in ended.out
-    if not flags:
-        assert life(script, cwd=tmp_path).code == 0
-        assert_same_run(tmp_path / "runs" / reference.name, reference)
+def test_a_signal_to_all_processes_of_an_evaluation_stops_the_run(script, tmp_path, number, flags, call):
+    result = life(script, "--eval-processes", *flags, cwd=tmp_path, at=("Agent.act", call, number, "group"))
+    assert (result.code, result.err) == (75, "")
+    assert f"stopped at agent step {0 if flags else 50}" in result.out
 
 
-@pytest.mark.parametrize("later", [None, signal.SIGTERM])
-def test_processes_that_die_end_the_run_unless_a_signal_follows_that_stops_it(
-    script, reference, run_dir, evaluating, tmp_path, later
+DIED = "error: a process of the evaluation died; go on with --no-eval-processes\n"
+
+
+@pytest.mark.parametrize(("later", "code", "err"), [(None, 1, DIED), (signal.SIGTERM, 75, "")])
+def test_processes_that_die_end_the_run_unless_a_signal_follows(
+    script, reference, run_dir, evaluating, tmp_path, later, code, err
 ):
     child, pids = evaluating
     os.kill(pids[0], signal.SIGKILL)
-    wait_for_the_end(pids[:1])
+    wait_for(lambda: ended(pids[:1]))
     os.kill(child.pid, signal.SIGCONT)
     if later:
         time.sleep(0.3)  # it has a second of grace
         os.kill(child.pid, later)
-    ended = end(child, tmp_path)
-    if later:
-        assert (ended.code, ended.err) == (75, "")
-    else:
-        assert_one_error(ended, 1, "a process of the evaluation died", "--no-eval-processes")
-    wait_for_the_end(pids)
+    result = end(child, tmp_path)
+    assert (result.code, result.err) == (code, err)
+    wait_for(lambda: ended(pids))
     assert life(script, "--no-eval-processes", cwd=tmp_path).code == 0
     assert_same_run(run_dir, reference)
 
@@ -110,4 +104,4 @@ def test_processes_of_a_killed_run_hold_no_lock_and_end(script, evaluating, tmp_
     assert [state(pid) for pid in pids] == ["T", "T"]  # they were still there
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    wait_for_the_end(pids)
+    wait_for(lambda: ended(pids))
