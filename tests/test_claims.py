@@ -54,8 +54,8 @@ def scaled(cell):
         ("fig07", by("critic_regime", 60, dst=10), [CONFIRMED], [REFUTED]),
         ("fig09", by("actor_regime", sst=90), [CONFIRMED, UNDECIDED], [REFUTED, UNDECIDED]),
         ("fig09", by("actor_regime", sst=90, d2s=140), [REFUTED, UNDECIDED], [REFUTED, UNDECIDED]),
-        ("fig11", lambda cell: 25 * cell["critic_arch"] + 50 * (cell["critic_regime"] == "dst"),
-         2 * [CONFIRMED], 2 * [REFUTED]),
+        ("fig11", lambda cell: 25 * cell["critic_arch"] - 25 * (cell["critic_regime"] == "dst"),
+         [REFUTED, CONFIRMED], [CONFIRMED, REFUTED]),  # MR.Q 100, Res 150, MST 125
         ("fig12", by("growth", rigl=50), [CONFIRMED, UNDECIDED], [REFUTED, UNDECIDED]),
         ("distribution", by("distribution", er=50, uniform=90), [REFUTED, CONFIRMED], [CONFIRMED, REFUTED]),
         ("fig13", scaled, 6 * [CONFIRMED], 6 * [REFUTED]),
