@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import tyro
+from conftest import ROOT, wait_for
 
 from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
-from experiments.figures import FIGURES, Run, Size, defaults, runs, small_hours
+from experiments.figures import FIGURES, Size, defaults, runs, small_hours
 from experiments.status import exit_path, log_path, status
 from experiments.supervise import environment, supervise
 
@@ -30,9 +30,8 @@ EVERY_RUN = [run for name in FIGURES for size in get_args(Size) for run in runs(
 
 
 def test_no_two_runs_share_a_directory():
-    by_directory: dict[str, Run] = {}
-    for run in EVERY_RUN:
-        assert by_directory.setdefault(run.directory, run) == run
+    by_directory = {run.directory: run for run in EVERY_RUN}
+    assert all(by_directory[run.directory] == run for run in EVERY_RUN)
     assert len(by_directory) > 5000
 
 
@@ -74,11 +73,9 @@ def test_every_command_line_is_what_its_cell_says(size):
 def test_small_runs_of_figure_14_are_five_seeds_of_cheetah_at_scale_1():
     chosen = runs("fig14", "small")
     assert {(run.env, run.cell["width_scale"], run.cell["depth_scale"]) for run in chosen} == {("cheetah-run", 1, 1)}
-    assert len(chosen) == 5 * 5
-    assert chosen[0].directory == "cheetah-run__small-sac-w1d1-cdense-adense__1"
+    assert [run.seed for run in chosen] == [seed for seed in (1, 2, 3, 4, 5) for _ in range(5)]  # five assignments
     # 24 ms per agent step, measured: 25 runs of 30,000 steps
     assert sum(map(small_hours, chosen)) == pytest.approx(25 * 30_000 * 0.024 / 3600)
-    assert {run.directory for run in chosen[:2]} < {run.directory for run in runs("fig13", "small")}
 
 
 def test_only_finds_a_value_that_cells_leave_out():
@@ -86,54 +83,42 @@ def test_only_finds_a_value_that_cells_leave_out():
     assert len(runs("fig12", only={"growth": ("rigl",)})) == 9 * 8  # all other cells
 
 
-def expand(expression: str) -> list[int]:
-    """What Slurm makes of an array expression."""
-    bounds = [[int(number) for number in part.split("-")] for part in expression.split(",")]
-    return [index for low, *high in bounds for index in range(low, (high or [low])[0] + 1)]
-
-
-@pytest.mark.parametrize("number", [1, 2, 97, 1440])
 @pytest.mark.parametrize("runs_per_task", [1, 4, 7])
-@pytest.mark.parametrize("size", [1, 10, 1001])
-def test_every_run_has_one_array_index(number, runs_per_task, size):
-    chosen, found = runs("fig06")[:number], []
-    for offset, indices in arrays(range(-(-number // runs_per_task)), size):
-        assert expand(ranges(indices)) == indices
-        assert 0 <= min(indices) <= max(indices) < size  # what Slurm accepts
-        found += [of_task(chosen, offset + index, runs_per_task) for index in indices]
-    assert 1 <= min(map(len, found)) <= max(map(len, found)) <= runs_per_task
-    assert list(itertools.chain(*found)) == chosen
+def test_every_run_is_in_one_task(runs_per_task):
+    chosen = runs("fig06")[:97]
+    tasks = [of_task(chosen, index, runs_per_task) for index in range(-(-97 // runs_per_task))]
+    assert max(map(len, tasks)) == runs_per_task
+    assert list(itertools.chain(*tasks)) == chosen
 
 
-def test_tasks_with_gaps_are_submitted_without_the_gaps():
-    found = [(offset, ranges(indices)) for offset, indices in arrays([0, 1, 2, 5, 9, 10, 13], 10)]
-    assert found == [(0, "0-2,5,9"), (10, "0,3")]
-
-
-# The state of a run
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(10, [(0, "0-2,5-6,9"), (10, "0,3")]), (14, [(0, "0-2,5-6,9-10,13")]), (7, [(0, "0-2,5-6"), (7, "2-3,6")])],
+)
+def test_tasks_are_in_arrays_with_indices_below_the_size(size, expected):
+    tasks = [0, 1, 2, 5, 6, 9, 10, 13]  # the others are finished
+    assert [(offset, ranges(indices)) for offset, indices in arrays(tasks, size)] == expected
 
 
 def test_the_state_of_a_run_follows_from_its_files_and_its_lock(tmp_path):
     run_dir, code = tmp_path / "run", exit_path(tmp_path, "run")
     code.parent.mkdir()
 
-    def states() -> list[str]:
-        """Without an exit code, and with each of these."""
-        found = [status(tmp_path, "run").state]
-        for text in ("0", "75", "1"):
+    def states(*codes: str) -> list[str]:
+        found = []
+        for text in codes:
             code.write_text(text)
             found.append(status(tmp_path, "run").state)
-        code.unlink()
         return found
 
-    assert states() == ["missing", "missing", "missing", "failed"]
+    assert states("", "0", "75", "1") == ["missing", "missing", "missing", "failed"]
     run_dir.mkdir()
-    assert states() == ["resumable", "resumable", "resumable", "failed"]
+    assert states("", "0", "75", "1") == ["resumable", "resumable", "resumable", "failed"]
     with open(run_dir / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert states() == 4 * ["running"]
+        assert states("", "1") == ["running", "running"]
     (run_dir / "agent.pt").touch()
-    assert states() == 4 * ["finished"]
+    assert states("", "1") == ["finished", "finished"]
 
 
 def test_status_tells_the_last_whole_evaluation(tmp_path):
@@ -144,57 +129,45 @@ def test_status_tells_the_last_whole_evaluation(tmp_path):
     assert status(tmp_path.parent, tmp_path.name).evaluation == ""
 
 
-# The supervisor
-
 STAND_IN = """
 import os, signal, sys, time
+signal.alarm(60)
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-received = []
-task = flags["--env"]
+task, runs_dir, received = flags["--env"], flags["--runs-dir"], []
 if task != "deaf":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _: received.append(number))
-print("exit codes:", [file for file in os.listdir(flags["--runs-dir"] + "/logs") if file.endswith(".exit")])
+print("exit codes:", [file for file in os.listdir(f"{runs_dir}/logs") if file.endswith(".exit")])
 print("threads", os.environ["OMP_NUM_THREADS"], "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
-open(os.path.join(flags["--runs-dir"], task + ".pid"), "w").write(str(os.getpid()))
+open(f"{runs_dir}/{task}.lives", "w").close()
 if task == "fails":
-    print("a line before", "error: the loss is not finite", sep="\\n")
-    sys.exit(1)
+    sys.exit("a line before\\nerror: the loss is not finite")
 if task == "crashes":
     os.kill(os.getpid(), signal.SIGKILL)
-end = time.monotonic() + 60
-while task in ("waits", "waits-too", "deaf") and not received and time.monotonic() < end:
+while task in ("waits", "waits-too", "deaf") and not received:
     time.sleep(0.01)
 print("received", *received)
 sys.exit(75 if received else 0)
 """
 CELL = {"residual": ("pre",), "critic_scale": ("1",)}  # one of Fig. 17
+name = "{}__mrq-e6s1dense-c6s1dense-a5s1dense__1".format
 
 
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
-    """Supervise one run per task name, in this process; `signalled` tasks get a signal when all of them live."""
+    """Supervise one run per task name, in this process."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "mst_mrq.py").write_text(STAND_IN)
-    runs_dir = tmp_path / "runs"
-    runs_dir.mkdir()
+    (tmp_path / "runs").mkdir()
 
-    def call(*envs: str, side_by_side: int, number: int | None = None, when: tuple[str, ...] = ()) -> int:
-        def send():
-            while not all((runs_dir / f"{env}.pid").exists() for env in when):
-                time.sleep(0.01)
-            os.kill(os.getpid(), number)
+    def call(*envs: str, side_by_side: int) -> int:
+        chosen = runs("fig17", envs=envs, seeds=1, only=CELL)
+        return supervise(chosen, call.runs_dir, side_by_side, scripts=tmp_path)
 
-        if number:
-            threading.Thread(target=send).start()
-        return supervise(runs("fig17", envs=envs, seeds=1, only=CELL), runs_dir, side_by_side, scripts=tmp_path)
-
-    call.runs_dir = runs_dir
+    call.runs_dir = tmp_path / "runs"
+    call.codes = lambda *envs: [exit_path(call.runs_dir, name(env)).read_text().strip() for env in envs]
+    call.log = lambda env: log_path(call.runs_dir, name(env)).read_text()
     return call
-
-
-def name(env: str) -> str:
-    return f"{env}__mrq-e6s1dense-c6s1dense-a5s1dense__1"
 
 
 def test_a_failed_run_is_reported_with_the_end_of_its_log_and_stops_no_other(watch, capsys):
@@ -205,31 +178,30 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log_and_stops_no_other(wat
     assert f"FAILED {name('crashes')}: killed by signal 9" in out
     assert f"[4/4] finished after 0 s {name('ends-too')}" in out
     assert out.endswith(f"failed: {name('fails')}\nfailed: {name('crashes')}\n")
-    codes = [
-        exit_path(watch.runs_dir, name(env)).read_text().strip() for env in ("ends", "fails", "crashes", "ends-too")
-    ]
-    assert codes == ["0", "1", "-9", "0"]
-    assert status(watch.runs_dir, name("crashes")).state == "failed"
+    assert watch.codes("ends", "fails", "crashes", "ends-too") == ["0", "1", "-9", "0"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, number):
     living = ("fails", "waits", "waits-too", "deaf")
-    assert (
-        watch(*living, "later", side_by_side=4, number=number, when=living) == 75
-    )  # to resume weighs more than failed
+
+    def send():
+        wait_for(lambda: all((watch.runs_dir / f"{env}.lives").exists() for env in living))
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    assert watch(*living, "later", side_by_side=4) == 75  # to resume weighs more than failed
     # the deaf one died by the signal, as a script does that has not yet begun to listen: there is nothing to report
-    assert [exit_path(watch.runs_dir, name(env)).read_text().strip() for env in living] == ["1", "75", "75", "75"]
+    assert watch.codes(*living) == ["1", "75", "75", "75"]
     assert not log_path(watch.runs_dir, name("later")).exists()
     passed_on = signal.SIGTERM if number == signal.SIGINT else number  # Ctrl-C reaches the runs by itself, too
-    assert f"received {int(passed_on)}\n" in log_path(watch.runs_dir, name("waits")).read_text()
+    assert f"received {int(passed_on)}\n" in watch.log("waits")
 
 
 def test_the_log_is_appended_and_the_exit_code_forgotten_while_it_runs(watch):
     for _ in range(2):
         watch("fails", side_by_side=1)
-    log = log_path(watch.runs_dir, name("fails")).read_text()
-    assert log.count("exit codes: []") == log.count("error: the loss is not finite") == 2
+    assert watch.log("fails").count("exit codes: []") == 2
 
 
 def test_threads_depend_on_cores_and_runs_side_by_side_alone_and_gpus_take_turns(watch, monkeypatch):
@@ -239,7 +211,7 @@ def test_threads_depend_on_cores_and_runs_side_by_side_alone_and_gpus_take_turns
     assert [one["OMP_NUM_THREADS"] for one in found] == ["6", *2 * ["3"], *4 * ["1"], *9 * ["1"]]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in found[3:7]] == ["2", "7", "2", "7"]
     watch("ends", side_by_side=2)  # one run, though there is room for more
-    assert "threads 3 gpus 2\n" in log_path(watch.runs_dir, name("ends")).read_text()
+    assert "threads 3 gpus 2\n" in watch.log("ends")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert environment(0, 2)["OMP_NUM_THREADS"] == "5"  # the user's
 
@@ -253,9 +225,6 @@ def test_finished_and_running_runs_are_not_started(watch, capsys):
         assert watch("done", "elsewhere", "ends", side_by_side=3) == 75  # one has still to be finished
     assert [path.stem for path in (watch.runs_dir / "logs").glob("*.log")] == [name("ends")]
     assert f"left alone, another process trains {name('elsewhere')}" in capsys.readouterr().out
-
-
-# The command line
 
 
 @pytest.mark.parametrize(
@@ -295,7 +264,7 @@ def test_status_counts_all_runs_and_tells_why_one_failed(tmp_path, capsys):
 
 
 def test_the_documented_flags_exist(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    page = (ROOT / "docs" / "experiments.md").read_text()
     for command in ("commands", "status", "run", "task", "submit"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -313,14 +282,13 @@ def slurm(tmp_path, monkeypatch):
     """An sbatch and a scontrol that write down how they are called. MaxArraySize is 3."""
     calls = tmp_path / "calls"
     calls.touch()
-    for program, output in (("sbatch", "$(wc -l <{calls})"), ("scontrol", "MaxArraySize = 3")):
+    for program, output in (("sbatch", f"$(wc -l <{calls})"), ("scontrol", "MaxArraySize = 3")):
         path = tmp_path / "bin" / program
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/bash\necho {program} "$@" >>{calls}\necho "{output.format(calls=calls)}"\n')
+        path.write_text(f'#!/bin/bash\necho {program} "$@" >>{calls}\necho "{output}"\n')
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for variable in [variable for variable in os.environ if variable.startswith("SBATCH_")]:
-        monkeypatch.delenv(variable)
+    monkeypatch.delenv("SBATCH_OUTPUT", raising=False)
     return lambda program: [line for line in calls.read_text().splitlines() if line.startswith(program)]
 
 
@@ -368,14 +336,14 @@ def test_a_slurm_task_requeues_itself_after_the_warning_of_the_time_limit_alone(
     environ = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "21", "PYTHON": str(python)}
     line = [program, python, "1000", "fig06", "--toy"] if program == ARRAY_SH else [program, "train.py", "--env", "a"]
     task = subprocess.Popen(line, cwd=tmp_path, env=os.environ | environ, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "ready").exists() or not (tmp_path / "ready").read_text():
-        time.sleep(0.01)
+    ready = tmp_path / "ready"
+    wait_for(lambda: ready.exists() and ready.read_text())
     for number in signals:
         task.send_signal(getattr(signal, f"SIG{number}"))
         time.sleep(0.1 if program == ARRAY_SH else 0.6)  # or bash might run the traps in another order
     assert task.wait(120) == code
     expected = "-m experiments task --index 1004 fig06 --toy" if program == ARRAY_SH else "train.py --env a --seed 4"
-    assert (tmp_path / "ready").read_text() == f"{expected}\n"
+    assert ready.read_text() == f"{expected}\n"
     assert slurm("scontrol") == (["scontrol requeue 17_4"] if requeued else [])
 
 
@@ -399,8 +367,7 @@ def test_seeds_of_one_command_run_side_by_side_and_stop_together(tmp_path):
     assert "threads 3 " in text and text.endswith("a line before\nerror: the loss is not finite\n")
 
     stopped = start("3-5")
-    while not all((tmp_path / f"{task}.pid").exists() for task in ("waits", "waits-too")):
-        time.sleep(0.01)
+    wait_for(lambda: all((tmp_path / f"{task}.lives").exists() for task in ("waits", "waits-too")))
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(60) == 75
     assert not (tmp_path / f"{log}5.log").exists()  # nothing is started after the signal
