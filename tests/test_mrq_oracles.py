@@ -81,21 +81,13 @@ def test_three_rounds_give_the_gradients_and_parameters_of_the_reference(oracle)
     for k in range(3):
         oracle.round(k)
         for ours, theirs in NAMES.items():
-            gradients = oracle.tensors(f"grad{k}/{theirs}/")
-            parameters = dict(getattr(oracle.agent, ours).named_parameters())
-            assert gradients.keys() == parameters.keys()
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(
-                    parameters[name].grad, gradient, rtol=1e-8, atol=1e-12, msg=f"{k} {ours} {name}"
-                )
-        if k in (0, 2):
-            for ours, theirs in NAMES.items():
-                for suffix in ("", "_target"):
-                    after = oracle.tensors(f"after{k + 1}/{theirs}{suffix}/")
-                    for name, value in getattr(oracle.agent, ours + suffix).state_dict().items():
-                        torch.testing.assert_close(
-                            value, after[name], rtol=0, atol=1e-10, msg=f"{k} {ours}{suffix} {name}"
-                        )
+            gradients = {name: p.grad for name, p in getattr(oracle.agent, ours).named_parameters()}
+            expected = oracle.tensors(f"grad{k}/{theirs}/")
+            torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-12)
+            for suffix in ("", "_target") if k in (0, 2) else ():
+                after = getattr(oracle.agent, ours + suffix).state_dict()
+                expected = oracle.tensors(f"after{k + 1}/{theirs}{suffix}/")
+                torch.testing.assert_close(dict(after), expected, rtol=0, atol=1e-10)
 
 
 def test_priorities_and_the_gradient_norm_before_clipping_are_those_of_the_reference(oracle):

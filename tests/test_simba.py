@@ -204,7 +204,7 @@ def test_sac_executes_samples_of_its_policy_and_ddpg_its_action_with_noise_of_st
     [
         ({"env_id": "humanoid-run", "max_episode_steps": 500}, 0.99, False),
         ({"env_id": "humanoid-run", "max_episode_steps": 50}, 0.95, False),
-        ({"env_id": "Hopper-v5", "max_episode_steps": 1000}, 0.995, True),
+        ({"env_id": "Hopper-v5", "max_episode_steps": 2000}, 0.995, True),
         ({"env_id": "Hopper-v5", "gamma": 0.9, "clipped_double_q": False}, 0.9, False),
     ],
 )

@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "adamw foreach amsgrad": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=True, amsgrad=True),
     "sgd momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
-    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, 0.01, etas=(0.99, 1.01)),
 }
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 many = settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -163,7 +163,8 @@ def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_in_pl
         for name, mask in sparsifier.masks.items():
             weight = net.get_parameter(name)
             tensors = {key: s for key, s in optimizer.state[weight].items() if torch.is_tensor(s) and s.ndim}
-            assert (tensors.pop("step_size", torch.ones(())) > 0).all()  # Rprop's is no moment
+            # Rprop's step sizes are no moments: they stay above 0.01 * 0.99 ** 40
+            assert (tensors.pop("step_size", torch.ones(())) > 0.006).all()
             assert tensors
             tensors |= {"weight": weight, "grad": weight.grad}
             assert all((tensor[~mask] == 0).all() for tensor in tensors.values())
@@ -178,11 +179,10 @@ def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_in_pl
 
 @pytest.mark.parametrize(
     ("sizes", "distribution", "sparsity", "expected", "coverage"),
-    # The first three mask 368 weights beside 33 biases and two LayerNorms of 16 + 16
     [
         # 57 + 153 + 9 zeros; the last is dense; eps = (149 - 16) / (22 + 32) = 2.463: 96 - 22 eps, 256 - 32 eps
         ((6, 16, 16, 1), "er", 0.6, [41, 177, 0], 368 / 465),
-        ((6, 16, 16, 1), "uniform", 0.5, [48, 128, 8], 368 / 465),
+        ((6, 16, 16, 1), "uniform", 0.5, [48, 128, 8], 368 / 465),  # 33 biases, two LayerNorms of 16 + 16
         # 184 of 352, so 50.2 of 96 and 133.8 of 256
         ((6, 16, 16, 1), "uniform-dense-output", 0.5, [50, 133, 0], 368 / 465),
         ((20, 20, 1), "er", 0.6, [252, 0], 420 / 481),  # 0.6 * 420, which binary64 must not turn into 251
