@@ -13,8 +13,8 @@ from conftest import assert_same_run, end, life, start, wait_for
 
 import mst_mrq
 
-# the pendulum falls, lqr has its model from the run's seed
-EPISODES = [("cartpole-swingup", 50), ("InvertedPendulum-v5", None), ("lqr-lqr_2_1", 9)]
+# two of three humanoids fall before step 45, lqr has its model from the run's seed
+EPISODES = [("cartpole-swingup", 50), ("Humanoid-v5", 45), ("lqr-lqr_2_1", 9)]
 
 
 @pytest.mark.parametrize(("env_id", "limit"), EPISODES)
@@ -32,7 +32,7 @@ def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit
     makers = [lambda: mst_mrq.AgentEnv(args)] * 3
     for envs in (gym.vector.SyncVectorEnv(makers), gym.vector.AsyncVectorEnv(makers, context="fork")):
         for _ in range(2):  # what goes on after an episode does not count, nor does it matter for the next evaluation
-            assert mst_mrq.evaluate(agent, envs, seeds, [], Path()) == pytest.approx(alone, rel=1e-5)  # batches of 3
+            assert mst_mrq.evaluate(agent, envs, seeds, [], Path()) == pytest.approx(alone, rel=1e-3)  # batches of 3
         envs.close()
 
 
