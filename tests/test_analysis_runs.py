@@ -5,7 +5,6 @@ import importlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -15,6 +14,7 @@ from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
 PRE, POST = figures.runs("fig17", size="toy")[:2]
+TAG = "plasticity/critic_srank"
 
 
 def write(runs_dir: Path, run: figures.Run, steps=(0, 1250), scalars=(), **changes) -> Path:
@@ -25,8 +25,8 @@ def write(runs_dir: Path, run: figures.Run, steps=(0, 1250), scalars=(), **chang
     path.mkdir(parents=True)
     config = {"args": args, "command": [f"/somewhere/{run.script}.py"], "git_commit": "abc"}
     (path / "config.json").write_text(json.dumps(config))
-    rows = [f"{step},{8 * step},{10.0 * i},1.5,5,{float(i)}\n" for i, step in enumerate(steps)]
-    (path / "eval.csv").write_text(HEADER + "".join(rows))
+    rows = "".join(f"{step},{8 * step},{10.0 * i},1.5,5,{float(i)}\n" for i, step in enumerate(steps))
+    (path / "eval.csv").write_text(HEADER + rows)
     if scalars:
         log(path, scalars)
     return path
@@ -46,8 +46,7 @@ def load(runs_dir, **options):
 def test_missing_and_short_runs_are_named(tmp_path):
     write(tmp_path, PRE, steps=(0, 250, 500))
     loaded = load(tmp_path)
-    assert loaded.runs[["residual", "state", "agent_step"]].values.tolist()[0] == ["pre", "short", 500]
-    assert loaded.runs["state"].tolist() == ["short", "missing"]
+    assert loaded.runs[["residual", "state"]].values.tolist() == [["pre", "short"], ["post", "missing"]]
     assert loaded.report() == (
         f"missing: cartpole-balance__{POST.exp_name}, seed 1\nshort: {PRE.directory}, 500 of 1,250 agent steps"
     )
@@ -67,9 +66,8 @@ def test_evaluations_are_tidy(tmp_path):
 
 @pytest.mark.parametrize("tail", ["1250,10000,20.0,1.5,5", "1250,10000,20.0,1.5,5,2.", "12\n", "x,1,1,1,1,1\n", "\n"])
 def test_a_damaged_line_is_left_out_and_named(tmp_path, tail):
-    path = write(tmp_path, PRE, steps=(0, 250))
-    with open(path / "eval.csv", "a") as file:
-        file.write(tail)
+    table = write(tmp_path, PRE, steps=(0, 250)) / "eval.csv"
+    table.write_text(table.read_text() + tail)
     loaded = load(tmp_path)
     assert loaded.evaluations["agent_step"].tolist() == [0, 250]
     assert f"damaged: eval.csv of {PRE.directory}, line 4 (left out)" in loaded.report()
@@ -97,23 +95,21 @@ def test_other_arguments_than_declared_are_named(tmp_path):
 
 
 def test_a_value_logged_twice_counts_once(tmp_path):
-    tag = "plasticity/critic_srank"
-    path = write(tmp_path, PRE, scalars=[(tag, 50, 1), (tag, 100, 2), ("losses/critic_loss", 100, 9)])
-    log(path, [(tag, 100, 3), (tag, 150, 4)], suffix=".resumed")
-    found = load(tmp_path).scalars([tag, "absent"])
+    path = write(tmp_path, PRE, scalars=[(TAG, 50, 1), (TAG, 100, 2), ("losses/critic_loss", 100, 9)])
+    log(path, [(TAG, 100, 3), (TAG, 150, 4)], suffix=".resumed")
+    found = load(tmp_path).scalars([TAG, "absent"])
     assert found[["residual", "tag", "agent_step", "value"]].values.tolist() == [
-        ["pre", tag, 50, 1], ["pre", tag, 100, 3], ["pre", tag, 150, 4]
+        ["pre", TAG, 50, 1], ["pre", TAG, 100, 3], ["pre", TAG, 150, 4]
     ]  # fmt: skip
 
 
 def test_a_record_cut_off_by_a_crash_ends_its_file(tmp_path):
-    tag = "plasticity/critic_srank"
     path = write(tmp_path, PRE)
-    events = log(path, [(tag, 50, 1), (tag, 100, 2)])
+    events = log(path, [(TAG, 50, 1), (TAG, 100, 2)])
     whole = events.read_bytes()
     for length in range(len(whole) - 60, len(whole)):  # the last record has 57 bytes
         events.write_bytes(whole[:length])
-        assert load(tmp_path).scalars([tag])["value"].tolist() in ([1], [])
+        assert load(tmp_path).scalars([TAG])["value"].tolist() in ([1], [])
     assert load(tmp_path).scalars(["absent"]).empty
 
 
@@ -127,9 +123,9 @@ def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_siz
 def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
     write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
     loaded = load_runs(tmp_path)
-    row = loaded.runs.iloc[0]
-    assert (row["script"], row["env"], row["residual"], row["batch_size"]) == ("mst_mrq", "gone-v9", "pre", 64)
-    assert np.isnan(row["parameters"]) and len(loaded.evaluations) == 2
+    row = loaded.runs[["script", "env", "residual", "batch_size"]].iloc[0]
+    assert (row.tolist(), len(loaded.evaluations)) == (["mst_mrq", "gone-v9", "pre", 64], 2)
+    assert loaded.runs["parameters"].isna().all()
     assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
     with pytest.raises(ValueError, match="give the folder that holds the run directories"):
         load_runs(tmp_path / "nowhere")
@@ -137,21 +133,20 @@ def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
         load(tmp_path / "nowhere")
 
 
-# Sizes --------------------------------------------------------------------------------------------------------------
-
 ENV = {"env_id": "humanoid-run"}
 
 
 def test_parameters_are_those_of_the_paper():
     assert size("mst_sac", ENV | {"width_scale": 4, "depth_scale": 3})["parameters"] == 207_960_619  # "SAC, 207M"
     # the paper's "2/37/154M, 3/33/139M, 1.3/16/69M" (Figs. 4, 6 and 9), critic and actor on an encoder of scale 3
-    exact = {1: [2_010_112, 2_625_538, 1_323_029], 3: [36_713_472, 33_054_722, 16_558_101]}
-    exact[5] = [154_270_720, 138_997_762, 69_550_101]
-    for scale, parameters in exact.items():
-        assert size("mst_mrq", ENV | {"encoder_scale": scale})["encoder_parameters"] == parameters[0]
-        scales = {"encoder_scale": 3, "critic_scale": scale, "actor_scale": scale}
-        counted = size("mst_mrq", ENV | scales)
-        assert [counted["critic_parameters"], counted["actor_parameters"]] == parameters[1:]
+    for scale, encoder, critic, actor in (
+        (1, 2_010_112, 2_625_538, 1_323_029),
+        (3, 36_713_472, 33_054_722, 16_558_101),
+        (5, 154_270_720, 138_997_762, 69_550_101),
+    ):
+        assert size("mst_mrq", ENV | {"encoder_scale": scale})["encoder_parameters"] == encoder
+        counted = size("mst_mrq", ENV | {"encoder_scale": 3, "critic_scale": scale, "actor_scale": scale})
+        assert (counted["critic_parameters"], counted["actor_parameters"]) == (critic, actor)
 
 
 @pytest.mark.parametrize("distribution", ["er", "uniform", "uniform-dense-output"])

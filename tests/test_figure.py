@@ -99,6 +99,7 @@ def test_every_figure_is_drawn_for_print(name):
     assert min(text.get_fontsize() for text in drawn.findobj(Text) if text.get_text()) >= SMALL
     assert len(drawn.get_axes()) == len(table[["row", "column"]].drop_duplicates())
     assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
+    assert ("Agent steps" in texts(drawn)) == (form.kind == "curves")
     assert texts(drawn).count("no run") == (table["n"] == 0).sum() * (form.kind == "bars")
     for ax in drawn.get_axes():
         for axis in [ax.yaxis] if form.kind == "bars" else [ax.xaxis, ax.yaxis]:
