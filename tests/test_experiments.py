@@ -76,6 +76,7 @@ def test_small_runs_of_figure_14_are_five_seeds_of_cheetah_at_scale_1():
     assert [run.seed for run in chosen] == [seed for seed in (1, 2, 3, 4, 5) for _ in range(5)]  # five assignments
     # 24 ms per agent step, measured: 25 runs of 30,000 steps
     assert sum(map(small_hours, chosen)) == pytest.approx(25 * 30_000 * 0.024 / 3600)
+    assert {run.directory for run in chosen[:2]} < {run.directory for run in runs("fig13", "small")}
 
 
 def test_only_finds_a_value_that_cells_leave_out():
