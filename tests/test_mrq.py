@@ -145,26 +145,26 @@ def test_of_two_priorities_for_one_slot_the_larger_is_kept():
 
 
 def test_a_loaded_buffer_draws_as_the_saved_one_and_both_keep_their_row_totals():
-    rb, loaded = fill(300, 5, 100), empty(300, 5, obs_dim=2)  # three rows, the last one not full
+    rb, loaded = fill(300, 5, 102), empty(300, 5, obs_dim=2)  # three rows; the last episode has 2 steps
+    rb.update_priority(rb.sample(16).index, torch.arange(16.0))
     loaded.load_state_dict(rb.state_dict())
     loaded.generator.set_state(rb.generator.get_state())
     for _ in range(100):
         index = rb.sample(16).index
         assert loaded.sample(16).index.tolist() == index.tolist()
-        priority = torch.empty(16).exponential_()
         for buffer in (rb, loaded):
-            buffer.update_priority(index, 3 * priority)
+            buffer.update_priority(index, torch.arange(1, 17) / 3)
             buffer.add(ZERO, 0.0, np.zeros(2, np.float32), True)  # new starts get the largest priority
             buffer.start_episode(np.zeros(2, np.float32))
     torch.testing.assert_close(loaded.row_total, loaded.priority.view(3, 128).double().sum(1), rtol=1e-12, atol=0)
 
 
 def test_the_terminal_reward_counts_and_nothing_after_it():
-    reward = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]])
-    terminated = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    reward = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).expand(3, 4)
+    terminated = torch.tensor([[0.0, 0, 0, 1], [0.0, 1, 0, 0], [0.0, 0, 1, 0]])
     n_step, not_done = n_step_return(reward, terminated, steps=3, gamma=0.5)
-    assert n_step.tolist() == [1 + 2 / 2 + 4 / 4, 1 + 2 / 2]
-    assert not_done.tolist() == [1, 0]
+    assert n_step.tolist() == [1 + 2 / 2 + 4 / 4, 1 + 2 / 2, 1 + 2 / 2 + 4 / 4]
+    assert not_done.tolist() == [1, 0, 0]
 
 
 def test_each_loss_trains_its_own_module_alone():
