@@ -47,13 +47,6 @@ def cluster(request, monkeypatch):
         shutil.rmtree(folder)
 
 
-BEGIN = time.monotonic()
-
-
-def say(message: str) -> None:
-    print(f"{time.monotonic() - BEGIN:5.0f} s  {message}", flush=True)
-
-
 def experiments(*arguments: str, **environ: str) -> str:
     """The output of `python -m experiments`, which has to end well."""
     line = [sys.executable, "-m", "experiments", *arguments]
@@ -65,7 +58,7 @@ def submit() -> list[str]:
     """Submit the figure. Returns the ids of the arrays."""
     flags = ("--runs-per-task", "2", "--cpus-per-task", "2", "--max-parallel", "2", "--time", "60")
     out = experiments("submit", *FIGURE, *flags, *EXTRA, SBATCH_SIGNAL="B:USR1@90")
-    say(out.strip())
+    print(out.strip(), flush=True)
     return [line.split()[2] for line in out.splitlines()]
 
 
@@ -84,7 +77,7 @@ def wait(what: str, condition, seconds: int = 1200) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.1)
-    say(what)
+    print(what, flush=True)
 
 
 def in_training(task: int) -> bool:
@@ -101,18 +94,12 @@ def processes(task: int) -> list[int]:
     """Process ids of the two trainers of a task."""
     found = []
     for run in RUNS[2 * task : 2 * task + 2]:
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_text().split("\0")
-            except OSError:  # it has ended
-                continue
-            if {run.exp_name, f"{run.seed}", "runs"} <= set(words) and "--exp-name" in words:
-                found.append(int(path.parent.name))
-    return found
+        found += slurm("pgrep", "-f", "--", f"--seed {run.seed} --exp-name {run.exp_name} .*--runs-dir runs ").split()
+    return list(map(int, found))
 
 
 def test_preempted_warned_and_cancelled_tasks_give_the_bits_of_uninterrupted_runs(cluster, monkeypatch):
-    say("a cluster runs; now the uninterrupted runs")
+    print("a cluster runs; now the uninterrupted runs", flush=True)
     experiments("run", *FIGURE, "--jobs", "2", "--runs-dir", "whole", *EXTRA, OMP_NUM_THREADS="1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # 2 cores for 2 runs: 1 thread
 
@@ -159,7 +146,7 @@ def test_preempted_warned_and_cancelled_tasks_give_the_bits_of_uninterrupted_run
     for run in RUNS:  # each went on from a checkpoint after 250 steps, not from the start
         log = Path("runs", "logs", f"{run.directory}.log").read_text()
         assert int(log.split("at agent step ")[-1].split()[0].replace(",", "")) >= 250, log
-    say("all bits are the same")
+    print("all bits are the same", flush=True)
 
 
 TRAIN = """

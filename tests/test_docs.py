@@ -66,10 +66,11 @@ def test_speed_takes_the_documented_commands():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_files_and_flags_of_a_page_exist(page):
-    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT[page])
+    links = re.findall(r"(?:\]\((?!http)|src=\"|srcset=\")([^)#\"]+)", TEXT[page])
     files = re.findall(r"`((?:benchmarks|docs|experiments|analysis|tests)/[\w/]+\.\w+)`", TEXT[page])
     assert [x for x in links if not (ROOT / page).parent.joinpath(x).exists()] == []
     assert [x for x in files if not (ROOT / x).exists()] == []
+    assert len(TEXT["README.md"].splitlines()) < 150
     if page == "README.md" or re.fullmatch(r"docs/(mst_\w+|performance)\.md", page):  # pages about the scripts alone
         fields = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
         known = {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")} | {"--env", "--help"}

@@ -20,14 +20,13 @@ NAMES = {"encoder": "encoder", "critic": "value", "actor": "policy"}  # ours and
 class Oracle:
     """One file, and an agent with its initial weights."""
 
-    def __init__(self, types: str, script=mst_mrq):
+    def __init__(self, types: str):
         self.data = {key: torch.from_numpy(value) for key, value in np.load(ORACLES / f"mrq_{types}.npz").items()}
-        obs_dim, action_dim, _, _, hidden, zs_dim, za_dim, zsa_dim, critic_hidden, actor_hidden = self[
-            "meta/dims"
-        ].tolist()
+        dims = self["meta/dims"].tolist()
+        obs_dim, action_dim, _, _, hidden, zs_dim, za_dim, zsa_dim, critic_hidden, actor_hidden = dims
         encoder_arch, critic_arch, actor_arch = self["meta/archs"].tolist()
         blocks = int(self["meta/num_blocks"])
-        args = script.Args(
+        args = mst_mrq.Args(
             encoder_regime="dense", critic_regime="dense", actor_regime="dense",
             max_grad_norm=float(self["meta/value_grad_clip"]),
         )  # fmt: skip
@@ -35,15 +34,15 @@ class Oracle:
 
         def make_networks(args, obs_dim, action_dim):
             return (
-                script.Encoder(obs_dim, action_dim, hidden, zs_dim, za_dim, zsa_dim, blocks, encoder_arch),
-                script.Critic(zsa_dim, critic_hidden, blocks, critic_arch),
-                script.Actor(zs_dim, action_dim, actor_hidden, blocks, actor_arch),
+                mst_mrq.Encoder(obs_dim, action_dim, hidden, zs_dim, za_dim, zsa_dim, blocks, encoder_arch),
+                mst_mrq.Critic(zsa_dim, critic_hidden, blocks, critic_arch),
+                mst_mrq.Actor(zs_dim, action_dim, actor_hidden, blocks, actor_arch),
             )
 
         with pytest.MonkeyPatch.context() as patch, default_dtype(torch.float64):
-            patch.setattr(script, "make_networks", make_networks)
-            self.agent = script.Agent(args, obs_dim, action_dim, torch.device("cpu"))
-        for ours, theirs in NAMES.items() if script is mst_mrq else [("encoder", "encoder")]:
+            patch.setattr(mst_mrq, "make_networks", make_networks)
+            self.agent = mst_mrq.Agent(args, obs_dim, action_dim, torch.device("cpu"))
+        for ours, theirs in NAMES.items():
             for suffix in ("", "_target"):
                 getattr(self.agent, ours + suffix).load_state_dict(self.tensors(f"init/{theirs}{suffix}/"))
         self.agent.reward_scale.copy_(self["meta/reward_scale"])

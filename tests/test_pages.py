@@ -65,14 +65,6 @@ def test_the_diff_of_the_readme_is_a_training_loop():
     assert zeros == 345  # 0.6 of 576, rounded down
 
 
-def test_every_picture_and_page_of_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([\w/.]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
-    assert len(links) >= 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
-    assert len(text.splitlines()) < 150
-
-
 def test_the_evidence_quotes_the_returns_of_the_results():
     """The last evaluation of every run of Fig. 14 at small size."""
     found = load_runs(ROOT / "results/small/runs", sizes=False).evaluations

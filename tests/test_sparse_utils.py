@@ -248,12 +248,6 @@ def test_schedules_reach_the_count_of_equation_2_at_every_update(regime, argumen
     assert measured == expected
 
 
-def test_a_layers_schedule_is_its_er_sparsity_times_the_modules():
-    net, optimizer, sparsifier = sparse_run("s2d", sparsity=0.6, update_interval=10, total_updates=40)
-    train(net, optimizer, sparsifier, 20)
-    assert zeros(sparsifier) == [10, 44, 0]  # a quarter of 41.8 and 177.2
-
-
 @pytest.mark.parametrize(
     ("regime", "zeros_of", "replaced"),
     [
@@ -463,13 +457,6 @@ def test_steps_between_the_checks_do_no_host_sync_and_compile_to_one_graph(regim
         synced += [step] * (syncs.n > 0)
     assert synced == expected
     torch.compile(sparsifier.step, backend="eager", fullgraph=True)()
-
-
-def test_a_growth_rule_is_one_function_and_one_entry(monkeypatch):
-    monkeypatch.setitem(su.GROWTHS, "first", lambda free, n_grow, *_: free & (free.cumsum(1) <= n_grow))
-    net, _, sparsifier = sparse_run("dst", net=nn.Sequential(nn.Linear(10, 1)), growth="first", sparsity=0.5)
-    random_steps(sparsifier, 5)
-    assert sparsifier.masks["0.weight"][0, :2].all()  # k = floor(0.481 * 5): the first of what is not kept
 
 
 def test_a_parameter_without_a_gradient_is_skipped():

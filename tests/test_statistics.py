@@ -19,25 +19,16 @@ def curve(steps: list[int], returns: list[float]) -> pd.DataFrame:
     return pd.DataFrame({"seed": 1, "directory": "a", "agent_step": steps, "episode_return_mean": returns})
 
 
-def test_iqm_leaves_out_a_quarter_of_the_runs_of_all_tasks_at_each_end():
-    # 0 1 [2 3 4 5] 60 100: not the IQMs of the tasks, (2 + 3) / 2 and (4 + 5) / 2, but their runs together
-    assert iqm(scores([0, 2, 3, 100], [1, 4, 5, 60])) == (2 + 3 + 4 + 5) / 4
-    assert iqm(scores([0, 1, 2, 3, 4, 50])) == (1 + 2 + 3 + 4) / 4  # floor(6 / 4) = 1 at each end
-
-
 def test_bootstrap_resamples_within_tasks():
     assert interval(mean, scores([0, 0], [10, 10])) == (5, 5)  # over all four runs it would be 0 to 10
 
 
 def test_an_interval_has_the_width_of_the_standard_error():
     x, y = np.random.default_rng(0).normal(size=(2, 400))
-    # the bootstrap's standard error is the standard deviation (over n, not n - 1) / sqrt(n), 95% are 1.96 of it
     for confidence, errors in ((0.95, 1.96), (0.6827, 1)):
-        low, high = interval(mean, [x], n_resamples=10_000, confidence=confidence)
-        assert (high - low) / 2 == pytest.approx(errors * x.std() / np.sqrt(400), rel=0.03)
-    low, high = interval(lambda a, b: mean(a) - mean(b), [x], [y], n_resamples=10_000)
-    # the variances of two independent means add up
-    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt((x.var() + y.var()) / 400), rel=0.03)
+        low, high = interval(lambda a, b: mean(a) - mean(b), [x], [y], n_resamples=10_000, confidence=confidence)
+        # the variances of two independent means add up; the bootstrap's are over n, not n - 1
+        assert (high - low) / 2 == pytest.approx(errors * np.sqrt((x.var() + y.var()) / 400), rel=0.03)
 
 
 def test_a_single_run_has_no_interval_and_no_warning():
