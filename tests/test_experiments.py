@@ -7,7 +7,6 @@ import fcntl
 import importlib
 import itertools
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import get_args
 
 import pytest
 import tyro
-from conftest import ROOT, wait_for
+from conftest import wait_for
 
 from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
 from experiments.figures import FIGURES, Size, defaults, runs, small_hours
@@ -184,16 +183,16 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log_and_stops_no_other(wat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_all_runs_and_nothing_is_started_after_it(watch, number):
-    living = ("fails", "waits", "waits-too", "deaf")
+    living = ("waits", "waits-too", "deaf")
 
     def send():
         wait_for(lambda: all((watch.runs_dir / f"{env}.lives").exists() for env in living))
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send).start()
-    assert watch(*living, "later", side_by_side=4) == 75  # to resume weighs more than failed
+    assert watch(*living, "later", side_by_side=3) == 75
     # the deaf one died by the signal, as a script does that has not yet begun to listen: there is nothing to report
-    assert watch.codes(*living) == ["1", "75", "75", "75"]
+    assert watch.codes(*living) == ["75", "75", "75"]
     assert not log_path(watch.runs_dir, name("later")).exists()
     passed_on = signal.SIGTERM if number == signal.SIGINT else number  # Ctrl-C reaches the runs by itself, too
     assert f"received {int(passed_on)}\n" in watch.log("waits")
@@ -223,8 +222,8 @@ def test_finished_and_running_runs_are_not_started(watch, capsys):
     (watch.runs_dir / name("done") / "agent.pt").touch()
     with open(watch.runs_dir / name("elsewhere") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert watch("done", "elsewhere", "ends", side_by_side=3) == 75  # one has still to be finished
-    assert [path.stem for path in (watch.runs_dir / "logs").glob("*.log")] == [name("ends")]
+        assert watch("done", "elsewhere", "fails", side_by_side=3) == 75  # one has still to be finished, one failed
+    assert [path.stem for path in (watch.runs_dir / "logs").glob("*.log")] == [name("fails")]
     assert f"left alone, another process trains {name('elsewhere')}" in capsys.readouterr().out
 
 
@@ -262,14 +261,6 @@ def test_status_counts_all_runs_and_tells_why_one_failed(tmp_path, capsys):
     assert why.endswith(f"exit code 1, see {log_path(tmp_path, failed.directory)}: error: the loss is not finite")
     assert lines == [f"missing   {run.directory}" for run in others]
     assert counts == "fig17, 8 runs: 0 finished, 0 running, 0 resumable, 1 failed, 7 missing"
-
-
-def test_the_documented_flags_exist(capsys):
-    page = (ROOT / "docs" / "experiments.md").read_text()
-    for command in ("commands", "status", "run", "task", "submit"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-    assert set(re.findall(r"`(--[a-z-]+)", page)) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 def test_commands_prints_a_line_per_run_with_the_extra_flags(capsys):
