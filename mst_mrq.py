@@ -965,7 +965,7 @@ def main() -> int:
                     run.scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
                 run.scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
                 speed = run.step / run.wall_seconds
-                left = f"{(args.total_timesteps - run.step) / speed / 3600:.2f} h left" if run.step else ""
+                left = f"{tqdm.format_interval((args.total_timesteps - run.step) / speed)} left" if run.step else ""
                 tqdm.write(f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left}")
             for name, value in run.scalars.items():  # of this step, all after its checkpoint
                 writer.add_scalar(name, value, run.step)
