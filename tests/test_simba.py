@@ -117,11 +117,7 @@ def test_observations_are_normalised_as_in_the_reference(script):
 # actor and one critic, exact values of the specification; the paper's "SAC, 207M" is w4d3 (Fig. 14)
 @pytest.mark.parametrize(
     ("script", "width", "depth", "count"),
-    [
-        (mst_sac, 1, 1, 4_394_923),
-        (mst_sac, 4, 3, 207_960_619),
-        (mst_ddpg, 4, 3, 207_949_846),
-    ],
+    [(mst_sac, 1, 1, 4_394_923), (mst_sac, 4, 3, 207_960_619), (mst_ddpg, 4, 3, 207_949_846)],
 )
 def test_networks_have_the_parameter_counts_of_the_specification(script, width, depth, count):
     with torch.device("meta"):
