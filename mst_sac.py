@@ -628,7 +628,7 @@ def load_agent(args: Args) -> tuple[Args, dict]:
     saved = load(path if path.exists() else path.with_name("checkpoint.pt"))
     own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
     if foreign := sorted(saved["args"].keys() - now.keys()):
-        raise ValueError(f"{args.eval_only} is of another script, which has --{foreign[0]}: play it with that one")
+        raise ValueError(f"{args.eval_only} is another script's, with --{foreign[0].replace('_', '-')}: play it there")
     if ignored := [name for name in now if now[name] != default[name] and name not in own]:
         raise ValueError(f"--eval-only plays with the flags of the run: leave out --{ignored[0].replace('_', '-')}")
     return replace(Args(**saved["args"]), buffer_size=1_000, **{name: now[name] for name in own}), saved

@@ -12,9 +12,8 @@ while [[ $1 == --jobs || $1 == --seeds ]]; do declare "${1#--}=$2" && shift 2; d
 [[ $seeds && $1 ]] || { echo "usage: ${0##*/} --jobs 2 --seeds 1-8 SCRIPT.py [FLAGS]" >&2; exit 2; }
 threads=$((${SLURM_CPUS_PER_TASK:-$(nproc)} / jobs))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))} PYTHONUNBUFFERED=1
-mkdir -p logs
 log=logs/$(tr -cs '[:alnum:]._=\n' - <<<"$*" | cut -c -200) again= failed= stop= cancelled=
-declare -A seed_of # by process id
+declare -A seed_of && mkdir -p logs # seed_of: by process id
 trap 'stop=USR1; kill -USR1 "${!seed_of[@]}"' USR1 # Slurm's warning of the time limit
 trap 'stop=TERM cancelled=yes; kill "${!seed_of[@]}"' TERM INT # scancel, or a preemption: Slurm requeues by itself
 reap() {
@@ -22,7 +21,7 @@ reap() {
     for pid in "${!seed_of[@]}"; do
         kill -0 "$pid" 2>/dev/null && continue
         wait "$pid" && code=0 || code=$?
-        echo "seed ${seed_of[$pid]} ended with $code, see $log-seed-${seed_of[$pid]}.log"
+        echo "seed ${seed_of[$pid]} ended with $code"
         unset "seed_of[$pid]"
         if ((code == 75)) || [[ $stop && $code -gt 128 ]]; then again=75; elif ((code)); then failed=1; fi
     done
@@ -31,6 +30,7 @@ for seed in $(for part in ${seeds//,/ }; do seq "${part%-*}" "${part#*-}"; done)
     while ((${#seed_of[@]} >= jobs)); do reap; done
     [[ $stop ]] && again=75 && break
     "${PYTHON:-python}" "$@" --seed "$seed" >>"$log-seed-$seed.log" 2>&1 & seed_of[$!]=$seed
+    echo "seed $seed: $log-seed-$seed.log"
     [[ $stop ]] && kill "-$stop" "$!" # it came in between
 done
 while ((${#seed_of[@]})); do reap; done

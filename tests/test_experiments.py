@@ -353,7 +353,8 @@ def test_seeds_of_one_command_run_side_by_side_and_stop_together(tmp_path):
     ended = start("1,2")
     out, _ = ended.communicate()
     log = "logs/train.py-env-ends-fails-waits-waits-too-ends-runs-dir-.-seed-"
-    assert sorted(out.splitlines()) == [f"seed 1 ended with 0, see {log}1.log", f"seed 2 ended with 1, see {log}2.log"]
+    assert out.splitlines()[:2] == [f"seed 1: {log}1.log", f"seed 2: {log}2.log"]
+    assert sorted(out.splitlines()[2:]) == ["seed 1 ended with 0", "seed 2 ended with 1"]
     assert ended.returncode == 1
     text = (tmp_path / f"{log}2.log").read_text()
     assert "threads 3 " in text and text.endswith("a line before\nerror: the loss is not finite\n")

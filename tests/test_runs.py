@@ -293,7 +293,7 @@ def test_eval_only_refuses_what_it_cannot_play_and_flags_of_the_training(main, s
     others = [vars(importlib.import_module(other).Args()) for other in SCRIPTS if other != script]
     for args in (*others, {"added": 1}):
         torch.save({"args": args, "run": {}, "agent": {}}, "agent.pt")
-        assert_one_error(main("--eval-only", "."), 2, "another script, which has --")
+        assert_one_error(main("--eval-only", "."), 2, "another script's, with --")
     torch.save({"args": {}, "run": {}, "agent": {}}, "agent.pt")
     assert_one_error(main("--eval-only", ".", "--gamma", "0.5"), 2, "leave out --gamma")
     assert_one_error(main("--eval-only", "nowhere"), 1, "nowhere", "missing")
