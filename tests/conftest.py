@@ -225,6 +225,7 @@ def assert_same_agent(run_dir: Path, other: Path) -> None:
     for part in ("agent", "masks"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
     assert len(ours["agent"]) > 10
+    assert len(ours["agent"]) > 10
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:

@@ -13,12 +13,12 @@ from conftest import assert_same_run, end, life, start, wait_for
 
 import mst_mrq
 
-# two of three humanoids fall before step 45, lqr has its model from the run's seed
-EPISODES = [("cartpole-swingup", 50), ("Humanoid-v5", 45), ("lqr-lqr_2_1", 9)]
+# lqr has its model from the run's seed; two of three humanoids fall before step 45, and contacts magnify rounding
+EPISODES = [("cartpole-swingup", 50, 1e-5), ("lqr-lqr_2_1", 9, 1e-5), ("Humanoid-v5", 45, 1e-3)]
 
 
-@pytest.mark.parametrize(("env_id", "limit"), EPISODES)
-def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit):
+@pytest.mark.parametrize(("env_id", "limit", "rel"), EPISODES)
+def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit, rel):
     args, seeds = mst_mrq.Args(env_id=env_id, max_episode_steps=limit, width_scale=0.03, buffer_size=9), [7, 8, 9]
     env = mst_mrq.AgentEnv(args)
     agent = mst_mrq.Agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
@@ -32,7 +32,7 @@ def test_returns_are_those_of_each_episode_alone_also_in_processes(env_id, limit
     makers = [lambda: mst_mrq.AgentEnv(args)] * 3
     for envs in (gym.vector.SyncVectorEnv(makers), gym.vector.AsyncVectorEnv(makers, context="fork")):
         for _ in range(2):  # what goes on after an episode does not count, nor does it matter for the next evaluation
-            assert mst_mrq.evaluate(agent, envs, seeds, [], Path()) == pytest.approx(alone, rel=1e-3)  # batches of 3
+            assert mst_mrq.evaluate(agent, envs, seeds, [], Path()) == pytest.approx(alone, rel=rel)  # batches of 3
         envs.close()
 
 

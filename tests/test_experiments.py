@@ -7,6 +7,7 @@ import fcntl
 import importlib
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import get_args
 
 import pytest
 import tyro
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
 from experiments.__main__ import ARRAY_SH, arrays, main, of_task, ranges
 from experiments.figures import FIGURES, Size, defaults, runs, small_hours
@@ -261,6 +262,14 @@ def test_status_counts_all_runs_and_tells_why_one_failed(tmp_path, capsys):
     assert why.endswith(f"exit code 1, see {log_path(tmp_path, failed.directory)}: error: the loss is not finite")
     assert lines == [f"missing   {run.directory}" for run in others]
     assert counts == "fig17, 8 runs: 0 finished, 0 running, 0 resumable, 1 failed, 7 missing"
+
+
+def test_the_documented_flags_exist(capsys):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    for command in ("commands", "status", "run", "task", "submit"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 def test_commands_prints_a_line_per_run_with_the_extra_flags(capsys):

@@ -141,9 +141,7 @@ def test_graphs_train_as_eager_updates_do_across_topology_updates(module, device
     assert capsys.readouterr().out.count("capturing an update") == 1 + ("encoder" in module.MODULES)
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-        graphed[0].update_critic_and_actor(
-            graphed[1]
-        )  # a replay, since no change of topology is due, waits for nothing
+        graphed[0].update_critic_and_actor(graphed[1])  # a replay, not due for a topology, waits for nothing
         torch.cuda.set_sync_debug_mode("default")
 
 
