@@ -1,23 +1,25 @@
-"""The commands in README and docs are taken, their flags and links exist, and documented metrics are those of a run."""
+"""What README, CONTRIBUTING and docs say is so: commands, snippets, links, flags, metrics, defaults and results."""
 
 import importlib
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 import tyro
+from conftest import ROOT, SCRIPTS, all_scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sparse_utils
 from analysis import curves, figure
+from analysis.runs import load_runs
+from experiments import figures
 from experiments.__main__ import make_parser
-from experiments.figures import runs
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTED = ["mst_mrq", "mst_mrsac", "mst_sac", "mst_ddpg"]
-PAGES = ["README.md", "results/README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md"]
+PAGES += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 
 
@@ -28,7 +30,7 @@ def commands(program: str) -> list[list[str]]:
     return list(map(list, dict.fromkeys(tuple(shlex.split(line.split(" -- ")[0], comments=True)) for line in found)))
 
 
-@pytest.mark.parametrize("command", commands("python (?=mst_)"), ids=" ".join)
+@pytest.mark.parametrize("command", commands(r"(?:python|\S.*seeds\.sh.*) (?=mst_)"), ids=" ".join)
 def test_the_scripts_take_the_documented_commands(command):
     script = importlib.import_module(command[0].removesuffix(".py"))
     if command[1:] != ["--help"]:
@@ -38,22 +40,18 @@ def test_the_scripts_take_the_documented_commands(command):
 @pytest.mark.parametrize("command", commands("python -m experiments "), ids=" ".join)
 def test_experiments_takes_the_documented_commands(command):
     args = make_parser().parse_args(command)  # ends with an error if it does not
-    assert args.command == "list" or runs(args.figure, args.size, args.envs, args.seeds, dict(args.only))
+    assert args.command == "list" or figures.runs(args.figure, args.size, args.envs, args.seeds, dict(args.only))
 
 
-@pytest.mark.parametrize("command", commands("python -m analysis.figure "), ids=" ".join)
-def test_figure_takes_the_documented_commands(command, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        figure.main([*command, "--runs", str(tmp_path / "nowhere")])
-    assert "nowhere is no folder" in capsys.readouterr().err  # the first complaint after the arguments
+ANALYSIS = [(main, command) for main in (figure, curves) for command in commands(f"python -m {main.__name__} ")]
 
 
-@pytest.mark.parametrize("command", commands("python -m analysis.curves "), ids=" ".join)
-def test_curves_takes_the_documented_commands(command, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("module", "command"), ANALYSIS, ids=str)
+def test_the_analysis_takes_the_documented_commands(module, command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        curves.main(command)
-    assert f"no run in {command[0]}" in capsys.readouterr().err  # the first complaint after the arguments
+        module.main(command)
+    assert re.search("error: (no run in|runs is no folder)", capsys.readouterr().err)  # the first after the arguments
 
 
 def test_speed_takes_the_documented_commands():
@@ -72,7 +70,7 @@ def test_links_files_and_flags_of_a_page_exist(page):
     assert [x for x in files if not (ROOT / x).exists()] == []
     assert len(TEXT["README.md"].splitlines()) < 150
     if page == "README.md" or re.fullmatch(r"docs/(mst_\w+|performance)\.md", page):  # pages about the scripts alone
-        fields = {name for script in DOCUMENTED for name in importlib.import_module(script).Args.__dataclass_fields__}
+        fields = {name for script in SCRIPTS for name in importlib.import_module(script).Args.__dataclass_fields__}
         known = {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")} | {"--env", "--help"}
         code = re.findall(r"`[^`\n]+`", re.sub(r"^    .*", "", TEXT[page], flags=re.MULTILINE))
         others = re.compile(r"experiments|analysis|benchmarks|sbatch|logdir")
@@ -90,12 +88,69 @@ def documented(script: str) -> set[str]:
     return tags
 
 
-@pytest.fixture(scope="session", params=DOCUMENTED)
-def script(request):
-    return request.param
-
-
+@all_scripts
 def test_the_documented_metrics_are_those_of_a_run(reference, script):
-    events = EventAccumulator(str(reference))
-    events.Reload()
-    assert documented(script) == set(events.Tags()["scalars"])
+    assert documented(script) == set(EventAccumulator(str(reference)).Reload().Tags()["scalars"])
+
+
+@all_scripts
+def test_the_table_of_hyperparameters_has_the_defaults_of_the_scripts(script):
+    args = importlib.import_module(script).Args()
+    columns, *rows = re.findall(r"^\| `?(\w+)`? \| (.*) \|$", TEXT["docs/hyperparameters.md"], flags=re.MULTILINE)
+    column = columns[1].split(" | ").index(script)
+    documented = {flag: cells.split(" | ")[column] for flag, cells in rows}
+    assert documented == {flag: str(getattr(args, flag, "-")) for flag in documented}
+    operating = {  # neither algorithm nor network
+        "exp_name", "seed", "torch_deterministic", "cuda", "track", "wandb_project_name", "wandb_entity",
+        "capture_video", "runs_dir", "dry_run", "eval_only", "cuda_graphs", "compile", "matmul_precision", "env_id",
+        "action_repeat", "max_episode_steps", "eval_processes", "log_interval", "checkpoint_interval", "diagnostics",
+    }  # fmt: skip
+    rest = {flag for flag in vars(args) if flag not in operating and not flag.endswith("scale") and flag != "residual"}
+    assert rest <= documented.keys()
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXT[page], flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", snippets("docs/sparse_utils.md"))
+def test_a_snippet_runs(snippet):
+    torch.manual_seed(0)
+    exec(snippet, {})  # the asserts are in the page
+
+
+def test_the_growth_rule_of_contributing_grows_the_smallest_gradients(monkeypatch):
+    monkeypatch.setattr(sparse_utils, "GROWTHS", dict(sparse_utils.GROWTHS))
+    exec(snippets("CONTRIBUTING.md")[0], {})
+    weight, mask = torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.tensor([True, True, False, False])
+    gradient = torch.tensor([9.0, 5.0, 7.0, 0.5])
+    new_mask, _ = sparse_utils.prune_and_grow(weight, mask, gradient, 1, 1, growth="small")
+    assert new_mask.tolist() == [True, False, False, True]  # drops the weight 1, grows at the gradient 0.5
+
+
+def test_the_study_of_contributing_is_declared_with_its_15_runs(monkeypatch, capsys):
+    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+    exec(snippets("CONTRIBUTING.md")[1], {})
+    assert capsys.readouterr().out == "15 runs\n"  # 3 sparsities, 5 seeds, one task
+
+
+def test_the_diff_of_the_readme_is_a_training_loop():
+    """Its lines, without the signs of a diff, train a small network that is sparse in the end."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", TEXT["README.md"], flags=re.DOTALL)
+    code = "\n".join(line[2:] for line in diff.splitlines()).replace("500_000", "20")
+    critic = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    names = {"torch": torch, "Sparsifier": sparse_utils.Sparsifier, "critic": critic}
+    exec(code, names | {"critic_loss": lambda: critic(torch.randn(4, 8)).square().mean()})
+    zeros = sum(int((p == 0).sum()) for p in critic.parameters() if p.ndim == 2)
+    assert zeros == 345  # 0.6 of 576, rounded down
+
+
+def test_the_evidence_quotes_the_returns_of_the_results():
+    """The last evaluation of every run of Fig. 14 at small size."""
+    found = load_runs(ROOT / "results/small/runs", sizes=False).evaluations
+    last = found[found["agent_step"] == 30_000].set_index(["critic_regime", "actor_regime", "seed"])
+    row, quoted = r"^\| (dense|.st) / (dense|.st)(?: \(MST\))? \| (.*) \|$", {}
+    for critic, actor, cells in re.findall(row, TEXT["docs/evidence.md"], flags=re.MULTILINE):
+        values = enumerate(cells.split(" | "), 1)
+        quoted |= {(critic, actor, seed): int(value) for seed, value in values if value != "-"}
+    assert quoted == last["episode_return_mean"].round().to_dict()
