@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine made these tests 70 times slower
 
 ROOT = Path(__file__).resolve().parents[1]
+ORACLES = Path(os.environ.get("MST_ORACLES") or ROOT / "tests" / "oracles")
 SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
 all_scripts = pytest.mark.parametrize("script", SCRIPTS)  # a test without it runs mst_mrq: `main` is the same in all
 # Evaluations at 0, 50, 100 and 130, checkpoints at 30, 60, 90 and 120, training from 40 on; an episode has 40 steps
@@ -104,11 +105,11 @@ def signal_at(module, name: str, call: int, action, to: str = "") -> None:
     setattr(owner, name, counted)
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(condition, seconds: int = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(seconds / 24_000)
 
 
 @contextlib.contextmanager
@@ -224,7 +225,6 @@ def assert_same_agent(run_dir: Path, other: Path) -> None:
     ours, theirs = (torch.load(path / "agent.pt", weights_only=True) for path in (run_dir, other))
     for part in ("agent", "masks"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
-    assert len(ours["agent"]) > 10
     assert len(ours["agent"]) > 10
 
 

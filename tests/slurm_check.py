@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_run, evaluations
+from conftest import ROOT, assert_same_run, evaluations, wait_for
 
 from experiments.figures import runs
 
@@ -72,11 +72,8 @@ def job(task: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait(what: str, condition, seconds: int = 1200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+def wait(what: str, condition) -> None:
+    wait_for(condition, seconds=1200)
     print(what, flush=True)
 
 
@@ -143,8 +140,7 @@ def test_preempted_warned_and_cancelled_tasks_give_the_bits_of_uninterrupted_run
 
     for run in RUNS:
         assert_same_run(Path("runs", run.directory), Path("whole", run.directory))
-    for run in RUNS:  # each went on from a checkpoint after 250 steps, not from the start
-        log = Path("runs", "logs", f"{run.directory}.log").read_text()
+        log = Path("runs", "logs", f"{run.directory}.log").read_text()  # from a checkpoint after 250 steps, not anew
         assert int(log.split("at agent step ")[-1].split()[0].replace(",", "")) >= 250, log
     print("all bits are the same", flush=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.claims import CLAIMS, Evidence, verdicts
+from analysis.claims import CLAIMS, verdicts
 from analysis.runs import Loaded
 from analysis.statistics import interval, iqm
 from experiments import figures
@@ -136,8 +136,7 @@ def test_the_best_is_compared_with_each_other_at_98_75_percent():
 
 def test_a_cell_taken_twice_is_refused():
     loaded = made("fig17")
-    evidence = Evidence(loaded, pd.DataFrame(columns=[*loaded.identity, "value"]))
-    cell = {"critic_scale": 1, "residual": "pre"}
-    for cells in ([cell, cell], [{"critic_scale": 1}]):  # the second is both pre and post
+    for names in ("pre-and-post", loaded.runs["directory"]):  # two cells are one, and each cell is several
+        loaded.runs["exp_name"] = names
         with pytest.raises(ValueError, match="choose each cell of a comparison once"):
-            evidence("claim", "what", cells, lambda scores: scores.mean(0))
+            verdicts(loaded)

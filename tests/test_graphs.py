@@ -2,13 +2,14 @@
 
 It records what PyTorch runs during a capture, and a replay runs that again on the same tensors. Like a CUDA graph it
 runs no line of Python again, draws from registered generators only, and cannot wait for a value. What holds here is all
-but the kernels: with a GPU, the same tests run there with real graphs too.
+but the kernels: with a GPU, the same tests run there with real graphs too. Last, losses under torch.compile.
 """
 
 import contextlib
 import copy
 import functools
 import importlib
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import SCRIPTS  # isort: skip
+from conftest import SCRIPTS, FixedBatch  # isort: skip
 
 aten = torch.ops.aten
 HOST_SYNCS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
@@ -153,3 +154,36 @@ def test_a_run_with_graphs_resumes_before_it_captures_again(module, device):
     for ours, saved in zip(second, first, strict=True):
         ours.generator.set_state(saved.generator.get_state())
     assert_same(second, whole, train(*second, 5), expected[7:])
+
+
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+CASES = [(script, "aot_eager", {"rtol": 0, "atol": 0}) for script in SCRIPTS]  # the same operations, traced
+# inductor fuses operations and so rounds otherwise; an update moves a weight by 1e-4
+CASES.append(pytest.param("mst_ddpg", "inductor", {"rtol": 1e-5, "atol": 1e-6}, marks=COMPILER))
+
+
+@pytest.mark.parametrize(("script", "backend", "tolerance"), CASES)
+def test_compiled_losses_train_as_eager_ones_do(monkeypatch, script, backend, tolerance):
+    module, cpu, graphs = importlib.import_module(script), torch.device("cpu"), []
+    small = {"encoder_horizon": 3} if "encoder" in module.MODULES else {"depth_scale": 0.5}  # less to compile
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
+
+    torch._dynamo.reset()
+    eager, rb = make(module, cpu, graphs=False, **small)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting, fullgraph=True))
+    compiled, _ = make(module, cpu, graphs=False, compile=True, **small)
+    for k in range(3):
+        rb_of_one, metrics = FixedBatch(rb.sample(16)), [{}, {}]
+        for agent, values in zip((eager, compiled), metrics, strict=True):
+            if "encoder" in module.MODULES:
+                agent.reward_scale.fill_(0.5 + k)  # must not have become a constant of the graphs
+                values |= agent.update_encoder(rb_of_one)
+            values |= agent.update_critic_and_actor(rb_of_one)
+        assert len(graphs) == len(module.MODULES)  # one for each loss, and none anew for later updates
+        for name, value in metrics[0].items():
+            torch.testing.assert_close(metrics[1][name], value, **tolerance, msg=f"{k} {name}")
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, **tolerance, msg=name)

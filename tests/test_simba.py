@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FixedBatch, default_dtype
+from conftest import ORACLES, FixedBatch, default_dtype
 from test_graphs import make
-from test_mrq_oracles import ORACLES
 
 import mst_ddpg
 import mst_sac

@@ -1,7 +1,5 @@
 """Hand-computed cases, and numbers of rliable."""
 
-import warnings
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,10 +29,9 @@ def test_an_interval_has_the_width_of_the_standard_error():
         assert (high - low) / 2 == pytest.approx(errors * np.sqrt((x.var() + y.var()) / 400), rel=0.03)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_single_run_has_no_interval_and_no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isnan(interval(iqm, scores([1, 2, 3], [4]))).all()
+    assert np.isnan(interval(iqm, scores([1, 2, 3], [4]))).all()
 
 
 def test_area_under_a_curve_is_its_mean_over_agent_steps():
