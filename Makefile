@@ -25,9 +25,9 @@ test-slurm: .venv/installed
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# runs the notebook on the runs in results/small and stores its outputs
+# runs the notebooks on the runs in results/small and stores their outputs
 evidence: .venv/installed
-	.venv/bin/jupyter execute --inplace analysis/notebooks/evidence.ipynb
+	RUNS=../../results/small/runs SIZE=small MUJOCO_GL=disable .venv/bin/jupyter execute --inplace analysis/notebooks/*.ipynb
 
 # copies what stands below OPERATIONS in mst_sac.py into the other scripts
 operations:

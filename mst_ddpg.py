@@ -553,7 +553,8 @@ def check(args: Args) -> None:
     if os.name != "posix":
         raise ValueError("runs are locked and stopped as on Linux, macOS and WSL: use one of these")
     for name, value in asdict(args).items():
-        low, high = int(type(value) is int and name != "seed"), 1 if name in ("gamma", "tau") else math.inf
+        low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
+        high = 1 if name in ("gamma", "tau") else math.inf
         if type(value) in (int, float) and name != "target_entropy" and not (low <= value <= high and value < math.inf):
             raise ValueError(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
     if re.search(r"[^\w.+=-]", args.exp_name):
@@ -665,14 +666,13 @@ def main() -> int:
         os.environ.setdefault("MUJOCO_GL", "egl" if opengl else "disable")
         for number in (signal.SIGINT, signal.SIGUSR1):  # before the fork: the evaluation's processes carry on
             signal.signal(number, on_signal)
+        env, device = AgentEnv(args), torch.device("cuda" if args.cuda else "cpu")
         makers = [lambda: AgentEnv(args)] * (1 if args.dry_run else args.eval_episodes)
-        if args.eval_processes and not opengl:
-            gymnasium = ":" in args.env_id or args.env_id in gym.registry  # may start threads, which no fork survives
-            envs = gym.vector.AsyncVectorEnv(makers, context="spawn" if gymnasium else "fork")  # before lock and GPU
+        if args.eval_processes and not opengl:  # before lock and GPU. Another package's threads would survive no fork
+            envs = gym.vector.AsyncVectorEnv(makers, context="fork" if type(env.unwrapped) is DMControl else "spawn")
         else:
             envs = gym.vector.SyncVectorEnv(makers)
         signal.signal(signal.SIGTERM, on_signal)  # after the fork: it ends those processes
-        env, device = AgentEnv(args), torch.device("cuda" if args.cuda else "cpu")
         args.action_repeat, args.max_episode_steps = env.action_repeat, env.limit
         if args.cuda:
             torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up

@@ -258,21 +258,16 @@ def outputs(notebook) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_draws_or_says_how_to_make_the_runs_and_is_stored_without_or_with_todays_outputs(name, monkeypatch):
+def test_the_stored_outputs_of_a_notebook_are_those_of_code_and_results_now(name, monkeypatch):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert any(cell.get("outputs") for cell in notebook.cells) == (name == "evidence")
     stored = outputs(notebook)
     settings = {"RUNS": "../../results/small/runs", "SIZE": "small", "MUJOCO_GL": "disable"}
     for variable, value in {**ENVIRONMENT, **settings}.items():
         monkeypatch.setenv(variable, value)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()
-    now = outputs(notebook)
-    if name == "evidence":
-        assert now == stored, "stale: run `make evidence`, look at the outputs and commit them"
-        assert [drawn for *_, drawn in now] == [0, 1, 1, 0, 1, 1]
-        return
-    drawing = [(cell, *output) for cell, *output in now if cell.startswith("show(") or "\ndraw(" in f"\n{cell}"]
+    assert outputs(notebook) == stored, "stale: run `make evidence`, look at the outputs and commit them"
+    drawing = [output for cell, *output in stored if cell.startswith("show(") or "\ndraw(" in f"\n{cell}"]
     assert drawing
-    for cell, printed, drawn in drawing:
-        assert (drawn > 0) != ("start with python -m experiments run" in printed), cell
+    for printed, drawn in drawing:
+        assert (drawn > 0) != ("start with python -m experiments run" in printed)

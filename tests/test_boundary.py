@@ -278,6 +278,7 @@ REFUSED = {  # and words of the one line
     "--actor-lr -1": "--actor-lr -1.0",
     "--weight-decay inf": "--weight-decay inf",
     "--seed -1": "--seed -1",
+    "--width-scale 0": "--width-scale 0.0: write a number from 0.001",
     "--exp-name ../a": "--exp-name ../a names a folder",
     "--exp-name a:b": "--exp-name a:b names a folder",
     **{
