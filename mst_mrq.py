@@ -506,7 +506,7 @@ class Agent(nn.Module):
         self.critic.requires_grad_(True)
         actor_grad_norm = self.optimize("actor", actor_loss)
 
-        td_error = (q.detach() - q_target[:, None]).abs().max(1).values
+        td_error = (q.detach() - q_target[:, None]).abs().max(1).values  # of the replayed actions
         rb.update_priority(batch.index, td_error.clamp(min=MIN_PRIORITY) ** PRIORITY_EXPONENT)
         return {
             "losses/critic_loss": critic_loss.detach(),

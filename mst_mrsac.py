@@ -527,7 +527,7 @@ class Agent(nn.Module):
         temperature_loss.backward()
         self.optimizers["temperature"].step()
 
-        td_error = (q.detach() - q_target[:, None]).abs().max(1).values
+        td_error = (q.detach() - q_target[:, None]).abs().max(1).values  # of the replayed actions
         rb.update_priority(batch.index, td_error.clamp(min=MIN_PRIORITY) ** PRIORITY_EXPONENT)
         return {
             "losses/critic_loss": critic_loss.detach(),
