@@ -606,6 +606,11 @@ class Options:
         return shlex.join([*words, "--runs-dir", str(self.runs_dir)])
 
 
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
 def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
     """The drawing, the numbers in it, and the text with caption, missing runs and verdicts.
 
@@ -615,12 +620,12 @@ def prepare(figure: str, options: Options) -> tuple[Figure, pd.DataFrame, str]:
     """
     chosen = options.size, options.envs, options.seeds, options.only
     count = len(declared_runs(figure, *chosen))
-    print(f"{figure}: loading {count:,} runs from {options.runs_dir}", file=sys.stderr, flush=True)
+    _progress(f"{figure}: loading {count:,} runs from {options.runs_dir}")
     loaded = load_figure(figure, options.runs_dir, *chosen)
     there = int((loaded.runs["state"] != "missing").sum())
     if not there:
         raise NothingToDraw(f"no run of {figure} in {options.runs_dir}: start with {options.command('run', figure)}")
-    print(f"{figure}: drawing {there:,} runs", file=sys.stderr, flush=True)
+    _progress(f"{figure}: drawing {there:,} runs")
     changes = FIGURES[figure].small if options.size == "small" else {}
     size = SIZES[options.size].format("".join(f" {flag.replace('_', ' ')} {x}," for flag, x in changes.items()))
     if options.cost:

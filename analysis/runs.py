@@ -13,6 +13,7 @@ holds no data.
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import struct
@@ -288,6 +289,7 @@ def _dimensions(script: str, env_id: str) -> tuple[int, int] | None:
     """Sizes of observation and action, None if the environment cannot be made."""
     module = importlib.import_module(script)
     os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn
+    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's warnings of attributes in the suite's models
     try:
         env = module.AgentEnv(module.Args(env_id=env_id))
     except ValueError:
