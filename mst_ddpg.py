@@ -5,9 +5,9 @@
     python mst_ddpg.py --eval-only runs/humanoid-run__mst_ddpg__1 --capture-video      # play a trained agent
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
-2510.12096, section 4, Fig. 13): DDPG (arXiv 1509.02971) on the networks of SimBa (arXiv 2410.09754), with one
-training regime per module: critic dynamic sparse, actor static sparse. Below `# OPERATIONS` all scripts are the same.
-Exit codes: 0 finished, 75 stopped by a signal with a checkpoint (start it again), 2 wrong usage, 1 any other failure.
+2510.12096, section 4, Fig. 13): DDPG (arXiv 1509.02971) on the networks of SimBa (arXiv 2410.09754), with a dynamic
+sparse critic and a static sparse actor. Flags in order: run, environment (from --env), algorithm (--buffer-size),
+networks (--hidden-dim), regimes (--critic-regime). Exit codes: 0 finished, 75 stopped, 2 wrong usage, 1 other failure.
 """
 
 import copy
@@ -407,7 +407,7 @@ class AgentEnv(gym.Wrapper):
             if args.capture_video:  # notice now what is missing for it
                 self.env.reset(), self.env.render()
         except Exception as error:  # of whatever library makes it
-            raise ValueError(f"no {args.env_id}: {error!r:.300}; dm_control 1.0.50 needs mujoco 3.17.0") from error
+            raise ValueError(f"no {args.env_id}: {error!r:.300} (tested: dm_control 1.0.50, mujoco 3.17.0)") from error
         raw, actions = self.env.observation_space, self.env.action_space
         real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
         if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):

@@ -6,9 +6,9 @@
 
 Implements Appendix E of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning"
 (arXiv 2510.12096): MR.Q's self-predictive encoder (Appendix B.3, arXiv 2501.16142) with the actor-critic of SAC (arXiv
-1812.05905), and one training regime per module: encoder dense, critic dynamic sparse, actor static sparse. The
-algorithm comes first; what follows below `# OPERATIONS` runs it and is the same in all scripts. Exit codes: 0 finished,
-75 stopped by a signal with a checkpoint (the same command resumes), 2 wrong usage, 1 any other failure.
+1812.05905), and one training regime per module: encoder dense, critic dynamic sparse, actor static sparse. Flags in
+order: run, environment (from --env), algorithm (--buffer-size), networks (--encoder-arch), regimes (--encoder-regime).
+Exit codes: 0 finished, 75 stopped, 2 wrong usage, 1 other failure.
 """
 
 import copy
@@ -642,7 +642,7 @@ class AgentEnv(gym.Wrapper):
             if args.capture_video:  # notice now what is missing for it
                 self.env.reset(), self.env.render()
         except Exception as error:  # of whatever library makes it
-            raise ValueError(f"no {args.env_id}: {error!r:.300}; dm_control 1.0.50 needs mujoco 3.17.0") from error
+            raise ValueError(f"no {args.env_id}: {error!r:.300} (tested: dm_control 1.0.50, mujoco 3.17.0)") from error
         raw, actions = self.env.observation_space, self.env.action_space
         real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
         if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):

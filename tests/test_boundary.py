@@ -279,6 +279,7 @@ REFUSED = {  # and words of the one line
     "--weight-decay inf": "--weight-decay inf",
     "--seed -1": "--seed -1",
     "--width-scale 0": "--width-scale 0.0: write a number from 0.001",
+    "--initial-temperature 0": "--initial-temperature 0.0: write a number from 0.001",
     "--exp-name ../a": "--exp-name ../a names a folder",
     "--exp-name a:b": "--exp-name a:b names a folder",
     **{
@@ -297,6 +298,7 @@ if not torch.cuda.is_available():
     REFUSED["--cuda"] = "--cuda needs a GPU that torch sees: train with --no-cuda"
 
 
+@pytest.mark.parametrize("script", ["mst_mrsac"])  # it has an encoder and a temperature
 @pytest.mark.parametrize(("flags", "words"), REFUSED.items())
 def test_a_value_that_cannot_be_is_refused_in_one_line(main, flags, words):
     assert_one_error(main(*flags.split()), 2, words)
@@ -319,8 +321,11 @@ def test_help_names_and_explains_every_flag_and_the_exit_codes(script, main):
     ended = main("--help")
     assert (ended.code, ended.err) == (0, "")
     text = re.sub(r"[\s│]+", "", re.sub(r"\x1b\[[\d;]*m", "", ended.out))  # without frame, colours and line breaks
-    assert "75stoppedbyasignal" in text
+    assert "Exitcodes:0finished,75stopped,2wrongusage,1otherfailure." in text
     source = (ROOT / f"{script}.py").read_text()
+    firsts = re.findall(r"\n\n    # .*\n    (\w+): ", source.partition("# NETWORKS")[0])  # of the groups of Args
+    named = re.findall(r"[a-z]\((?:from)?--([\w-]+)\)", text.partition("Exitcodes")[0])
+    assert named == ["env", "buffer-size", *(name.replace("_", "-") for name in firsts[2:])]
     (args,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     assert len(args.body) > 40
     for field in args.body:
