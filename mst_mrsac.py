@@ -180,13 +180,13 @@ class Encoder(nn.Module):
         num_blocks: int, arch: int, residual: str = "pre", num_bins: int = 65,
     ):  # fmt: skip
         super().__init__()
-        self.zs_dim = zs_dim
+        self.prediction_dims = (1, zs_dim, num_bins)
         self.ln_activ = LNActiv(arch)
         self.za_activ = LNActiv(2 - arch % 2)  # the type's activation without LayerNorm
         self.zs_mlp = BlockMLP(obs_dim, zs_dim, hidden_dim, num_blocks, arch, residual)
         self.za = nn.Linear(action_dim, za_dim)
         self.zsa_mlp = BlockMLP(zs_dim + za_dim, zsa_dim, hidden_dim, num_blocks, arch, residual)
-        self.predictor = nn.Linear(zsa_dim, 1 + zs_dim + num_bins)
+        self.predictor = nn.Linear(zsa_dim, sum(self.prediction_dims))
         self.apply(weight_init)
 
     def zs(self, obs: Tensor) -> Tensor:
@@ -196,9 +196,8 @@ class Encoder(nn.Module):
         return self.zsa_mlp(torch.cat([zs, self.za_activ(self.za(action))], 1))
 
     def predict(self, zs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent dynamics (eq. 7): done (batch,), next zs (batch, zs_dim), reward logits (batch, bins)."""
-        prediction = self.predictor(self.zsa(zs, action))
-        return prediction[:, 0], prediction[:, 1 : 1 + self.zs_dim], prediction[:, 1 + self.zs_dim :]
+        """Latent dynamics (eq. 7): done (batch, 1), next zs (batch, zs_dim), reward logits (batch, bins)."""
+        return self.predictor(self.zsa(zs, action)).split(self.prediction_dims, 1)
 
 
 class Critic(nn.Module):
@@ -257,17 +256,17 @@ class TwoHot(nn.Module):
         self.register_buffer("bins", bins, persistent=False)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(batch,) to (batch, 65): a value between two bins is shared linearly between them, one outside clamps."""
+        """(...) to (..., 65): a value between two bins is shared linearly between them, one outside clamps."""
         x = x.clamp(self.bins[0], self.bins[-1])
         upper = torch.searchsorted(self.bins, x).clamp(min=1)  # bins[upper - 1] <= x <= bins[upper]
         low, high = self.bins[upper - 1], self.bins[upper]
         weight = (x - low) / (high - low)
-        two_hot = x.new_zeros(len(x), len(self.bins)).scatter_(1, upper[:, None] - 1, 1 - weight[:, None])
-        return two_hot.scatter_(1, upper[:, None], weight[:, None])
+        two_hot = x.new_zeros(*x.shape, len(self.bins)).scatter_(-1, upper[..., None] - 1, 1 - weight[..., None])
+        return two_hot.scatter_(-1, upper[..., None], weight[..., None])
 
     def cross_entropy(self, x: Tensor, logits: Tensor) -> Tensor:
-        """(batch,) and (batch, 65) to (batch,), eq. 9."""
-        return -(self.encode(x) * logits.log_softmax(1)).sum(1)
+        """(...) and (..., 65) to (...), eq. 9."""
+        return -(self.encode(x) * logits.log_softmax(-1)).sum(-1)
 
 
 # REPLAY BUFFER
@@ -490,14 +489,16 @@ class Agent(nn.Module):
     def encoder_loss(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             target_zs = self.encoder_target.zs(batch.obs[:, 1:].flatten(0, 1)).view(*batch.action.shape[:2], -1)
-            alive = F.pad((1 - batch.terminated).cumprod(1), (1, 0), value=1)  # (batch, horizon + 1), before each step
-        zs = self.encoder.zs(batch.obs[:, 0])
-        dynamics_loss = reward_loss = terminal_loss = 0
-        for t in range(batch.action.shape[1]):  # eq. 8
-            done, zs, reward_logits = self.encoder.predict(zs, batch.action[:, t])
-            reward_loss += (alive[:, t] * self.two_hot.cross_entropy(batch.reward[:, t], reward_logits)).mean()  # eq. 9
-            dynamics_loss += (alive[:, t] * (zs - target_zs[:, t]).square().mean(1)).mean()  # eq. 10
-            terminal_loss += (alive[:, t] * (done - batch.terminated[:, t]).square()).mean()  # eq. 10
+            alive = F.pad((1 - batch.terminated).cumprod(1)[:, :-1], (1, 0), value=1)  # (batch, horizon)
+        zs, predictions = self.encoder.zs(batch.obs[:, 0]), []
+        for action in batch.action.unbind(1):
+            predictions.append(self.encoder.predict(zs, action))
+            zs = predictions[-1][1]
+        done, zs, reward_logits = (torch.stack(steps, 1) for steps in zip(*predictions, strict=True))
+        # Eq. 8: means over the batch, summed over the horizon up to a termination
+        reward_loss = (alive * self.two_hot.cross_entropy(batch.reward, reward_logits)).mean(0).sum()  # eq. 9
+        dynamics_loss = (alive * (zs - target_zs).square().mean(2)).mean(0).sum()  # eq. 10
+        terminal_loss = (alive * (done.squeeze(2) - batch.terminated).square()).mean(0).sum()  # eq. 10
         terminal_loss = self.termination_seen * terminal_loss  # without terminations there is nothing to learn
         loss = DYNAMICS_WEIGHT * dynamics_loss + REWARD_WEIGHT * reward_loss + TERMINAL_WEIGHT * terminal_loss
         return {
