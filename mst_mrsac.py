@@ -2,33 +2,32 @@
 
     python mst_mrsac.py --env humanoid-run --critic-regime dst --scale 3      # the paper's MST at 3x width and depth
     python mst_mrsac.py --env dog-run --width-scale 5 --critic-regime dense --actor-regime dense    # dense, only wider
-    python mst_mrsac.py --eval-only runs/dog-run__mst_mrsac__1 --capture-video    # play a trained agent
+    python play.py runs/dog-run__mst_mrsac__1 --video                         # play a trained agent
 
 Implements Appendix E of "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning"
 (arXiv 2510.12096): MR.Q's self-predictive encoder (Appendix B.3, arXiv 2501.16142) with the actor-critic of SAC (arXiv
-1812.05905), and one training regime per module: encoder dense, critic dynamic sparse, actor static sparse. Flags in
-order: run, environment (from --env), algorithm (--buffer-size), networks (--encoder-arch), regimes (--encoder-regime).
-Exit codes: 0 finished, 75 stopped, 2 wrong usage, 1 other failure.
+1812.05905), and one training regime per module: encoder dense, critic dynamic sparse, actor static sparse. The same
+command goes on with a run that was stopped or killed. Exit codes: 0 finished, 75 stopped by a signal, 2 wrong flags, 1
+other failure.
 """
 
 import copy
+import fcntl
+import importlib.util
 import json
 import math
 import os
-import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib import import_module
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -39,7 +38,7 @@ from torch import Tensor, nn, optim
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sparse_utils import Sparsifier, dormant_ratio, stable_rank
+from sparse_utils import Sparsifier, graphed, hooked, plasticity
 
 Regime = Literal["dense", "sst", "dst", "s2d", "d2s"]
 Arch = Literal[1, 2, 3, 4, 5, 6]
@@ -47,20 +46,14 @@ Arch = Literal[1, 2, 3, 4, 5, 6]
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run directory
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory
     seed: int = 1  # seed of networks, masks, exploration, replay and environment
-    torch_deterministic: bool = True  # sets `torch.backends.cudnn.deterministic`
     cuda: bool = torch.cuda.is_available()  # train on the GPU
-    track: bool = False  # track the run with Weights and Biases, too
-    wandb_project_name: str = "mst"  # project there
-    wandb_entity: str | None = None  # entity (team) there
-    capture_video: bool = False  # record the first episode of each evaluation under `videos/`
+    track: bool = False  # track the run with Weights and Biases, too (WANDB_PROJECT and WANDB_ENTITY say where)
     runs_dir: str = "runs"  # folder of the run directories
     dry_run: bool = False  # print the table of networks and memory, then stop
-    eval_only: str | None = None  # play the agent of this run directory or `agent.pt`, print its returns, then stop
     cuda_graphs: bool = False  # on a GPU, run each update as one CUDA graph
     compile: bool = False  # fuse the losses with `torch.compile`: a minute or two at the start
-    matmul_precision: Literal["highest", "high"] = "high"  # on a GPU: float32 or TF32 products
 
     # Environment and evaluation. A step is an agent step: one action of the policy
     env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "dog-run"  # dm_control task or Gymnasium id
@@ -69,10 +62,8 @@ class Args:
     total_timesteps: int = 500_000  # agent steps of the whole run; the schedules of eqs. 1 and 2 run over them
     eval_interval: int = 5_000  # agent steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation, without noise, in environments of their own
-    eval_processes: bool = torch.cuda.is_available()  # a process for each of these environments
     log_interval: int = 100  # agent steps between writes of the losses to TensorBoard
-    checkpoint_interval: int = 10_000  # agent steps between checkpoints; a signal writes one, too
-    diagnostics: bool = True  # measure srank, dormant ratio and norms at every evaluation (never changes the training)
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints; a signal writes one, too
 
     # Algorithm (Tables 1 and 2 of the paper)
     buffer_size: int = 1_000_000  # capacity of the replay buffer in time steps
@@ -111,7 +102,7 @@ class Args:
     encoder_sparsity: float = 0.6  # share of zeros in the encoder's weights (s2d starts from it, d2s ends at it)
     critic_sparsity: float = 0.6  # share of zeros in the critic's weights
     actor_sparsity: float = 0.6  # share of zeros in the actor's weights
-    distribution: Literal["er", "uniform", "uniform-dense-output"] = "er"  # of the zeros over the layers of a module
+    distribution: Literal["er", "uniform"] = "er"  # of the zeros over the layers of a module
     growth: Literal["rigl", "set"] = "rigl"  # connections grow where the gradient is largest (rigl) or at random (set)
     topology_update_interval: int = 1000  # a module's updates between changes of its topology
     drop_fraction: float = 0.5  # share of the connections replaced at the first change, decays to 0 (eq. 1)
@@ -305,13 +296,10 @@ class ReplayBuffer:
         self.size = 0  # slots in use
         self.episode_length = 0
 
-    def start_episode(self, obs: np.ndarray) -> None:
-        """Store the first observation of an episode."""
-        self._append(obs, [])
-        self.episode_length = 0
-
-    def add(self, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
-        """Store the step taken from the newest observation, and the observation it led to."""
+    def add(self, obs, action, reward, next_obs, terminated: bool, first: bool) -> None:
+        if first:  # of its episode
+            self.episode_length = 0
+            self._append(obs, [])
         step = np.concatenate([action, [reward, terminated, 1]], dtype=np.float32)
         self.storage[self.position, -len(step) :] = torch.from_numpy(step)
         self.episode_length += 1
@@ -393,7 +381,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
         if not args.q_horizon <= args.encoder_horizon < args.buffer_size:
-            raise ValueError("--encoder-horizon must be at least --q-horizon, and less than --buffer-size")
+            fail("--encoder-horizon must be at least --q-horizon, and less than --buffer-size")
         torch.manual_seed(args.seed)
         self.args, self.device, self.action_dim = args, device, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -423,16 +411,14 @@ class Agent(nn.Module):
                 exclude=ALWAYS_DENSE if name == "encoder" else (),
             )  # fmt: skip
         self.optimizers["temperature"] = optim.AdamW([self.log_temp], args.temperature_lr, weight_decay=0, **fast)
-        self.encoder_target, self.critic_target, self.actor_target = (
-            copy.deepcopy(module).requires_grad_(False) for module in (self.encoder, self.critic, self.actor)
-        )
-        if args.compile:
-            self.encoder_loss = torch.compile(self.encoder_loss, dynamic=False)
-            self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
-            self.actor_loss = torch.compile(self.actor_loss, dynamic=False)
+        for name in MODULES:
+            setattr(self, f"{name}_target", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+        for name in MODULES if args.compile else ():
+            setattr(self, f"{name}_loss", torch.compile(getattr(self, f"{name}_loss"), dynamic=False))
         if args.cuda_graphs and args.cuda:
-            self.update_encoder = graphed(self, self.update_encoder, "encoder")
-            self.update_critic_and_actor = graphed(self, self.update_critic_and_actor, "critic", "actor")
+            encoder, critic, actor = self.sparsifiers.values()
+            self.update_encoder = graphed(self.update_encoder, self, [encoder], self.generator)
+            self.update_critic_and_actor = graphed(self.update_critic_and_actor, self, [critic, actor], self.generator)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -581,7 +567,6 @@ def n_step_return(reward: Tensor, terminated: Tensor, steps: int, gamma: float) 
     return (discount * alive[:, :-1] * reward[:, :steps]).sum(1), alive[:, -1]
 
 
-# DIAGNOSTICS
 @torch.no_grad()
 def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
     """Pathologies of each module on 256 uniformly drawn transitions (section 3, Figs. 3, 7 and 10).
@@ -593,130 +578,16 @@ def diagnose(agent: Agent, rb: ReplayBuffer, seed: int) -> dict[str, float]:
         return {}
     index = torch.randint(len(starts), (256,), generator=torch.Generator().manual_seed(seed))
     batch = rb.windows(starts[index.to(starts.device)])
-
-    def features() -> dict[str, Tensor]:
+    modules = {name: getattr(agent, name) for name in MODULES}
+    with hooked(modules, LNActiv) as hidden:
         zs = agent.encoder.zs(batch.obs[:, 0])
         zsa = agent.encoder.zsa(zs, batch.action[:, 0])
         critic = torch.cat([agent.critic.q1.features(zsa), agent.critic.q2.features(zsa)], 1)
-        return {"encoder": zsa, "critic": critic, "actor": agent.actor.mlp.features(zs)}
-
-    return pathologies(agent, LNActiv, features)
+        actor = agent.actor.mlp.features(zs)
+    return plasticity(modules, {"encoder": zsa, "critic": critic, "actor": actor}, hidden)
 
 
 # OPERATIONS: the same in all scripts
-class DMControl(gym.Env):  # a task of the suite
-    _max_episode_steps = 1000  # of all tasks but lqr's, which have no limit
-
-    def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
-        suite = import_module("dm_control.suite")  # only now: it reads MUJOCO_GL
-        self.dmc = suite.load(*env_id.partition("-")[::2], task_kwargs={"random": seed})  # of lqr's model, too
-        spaces = {k: gym.spaces.Box(-np.inf, np.inf, x.shape, x.dtype) for k, x in self.dmc.observation_spec().items()}
-        self.observation_space = gym.spaces.Dict(list(spaces.items()))  # a list keeps the order of the spec
-        spec = self.dmc.action_spec()  # lqr's limits of +-1e10 stand for none: its actions are in [-1, 1], too
-        low, high = (np.where(np.abs(x) < 1e9, x, np.sign(x)) for x in (spec.minimum, spec.maximum))
-        self.action_space = gym.spaces.Box(low, high, dtype=np.float64)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:
-            self.dmc.task.random.seed(seed)
-        return self.dmc.reset().observation, {}
-
-    def step(self, action: np.ndarray):
-        step = self.dmc.step(action)
-        terminated = step.last() and step.discount == 0  # in the suite only lqr's episodes can terminate
-        return step.observation, step.reward, terminated, step.last() and not terminated, {}
-
-    def render(self) -> np.ndarray:
-        return self.dmc.physics.render(480, 480, camera_id=0)
-
-
-class AgentEnv(gym.Wrapper):
-    """An environment as agents see it: agent steps, actions in [-1, 1], flat float32 observations, a time limit."""
-
-    def __init__(self, args: Args):
-        gymnasium = ":" in args.env_id or args.env_id in gym.registry  # "package:Name-v0" imports its package
-        kwargs = {"disable_env_checker": True} if gymnasium else {"seed": args.seed}
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        try:
-            import_module("mujoco").set_mju_user_warning(lambda text: None)  # the same for every environment's model
-            super().__init__((gym.make if gymnasium else DMControl)(args.env_id, **kwargs))
-            if args.capture_video:  # notice now what is missing for it
-                self.env.reset(), self.env.render()
-        except Exception as error:  # of whatever library makes it
-            raise ValueError(f"no {args.env_id}: {error!r:.300} (tested: dm_control 1.0.50, mujoco 3.17.0)") from error
-        raw, actions = self.env.observation_space, self.env.action_space
-        real = isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating)
-        if not (real and actions.is_bounded() and len(actions.shape) == 1 and actions.shape[0]):
-            raise ValueError(f"{args.env_id} has actions {actions}: agents need a flat, bounded Box of real numbers")
-        if not raw.is_np_flattenable:
-            raise ValueError(f"{args.env_id} has observations {raw}: agents need a Box, or several of them")
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(raw).shape, np.float32)
-        self.action_space = gym.spaces.Box(-1, 1, actions.shape, np.float32)
-        self.action_repeat = args.action_repeat or (1 if gymnasium else 2)
-        limits, layer = [args.max_episode_steps or math.inf], self.env
-        while layer is not None:  # of every TimeLimit, or the environment's own
-            limits.append((getattr(layer, "_max_episode_steps", None) or math.inf) / self.action_repeat)
-            layer = getattr(layer, "env", None)
-        self.limit = math.ceil(min(limits)) if min(limits) < math.inf else None
-
-    def flat(self, obs) -> np.ndarray:
-        flat = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
-        if flat.shape != self.observation_space.shape or not np.isfinite(flat).all():
-            raise gym.error.Error(f"at step {self.steps} of an episode, the observation is not usable: {obs!r:.60}")
-        return flat
-
-    def reset(self, **kwargs):
-        self.steps = 0
-        return self.flat(self.env.reset(**kwargs)[0]), {}
-
-    def step(self, action: np.ndarray):
-        if not np.isfinite(action).all():
-            raise FloatingPointError("an action of the actor is not finite")
-        low, high = self.env.action_space.low.astype(np.float64), self.env.action_space.high
-        action = (low + (action.astype(np.float64) + 1) * (high - low) / 2).clip(low, high)
-        self.steps, total_reward = self.steps + 1, 0.0
-        for _ in range(self.action_repeat):
-            obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
-            number = np.asarray(reward)
-            if number.size != 1 or number.dtype.kind not in "biuf" or not abs(number.item()) < 3e38:  # in float32
-                raise gym.error.Error(f"at step {self.steps} of an episode, the reward is no finite number: {reward}")
-            total_reward += float(number.item())
-            if terminated or truncated:
-                break
-        if self.limit is None and self.steps >= 100_000:
-            raise gym.error.Error("an episode took 100,000 agent steps; limit it with --max-episode-steps")
-        return self.flat(obs), total_reward, bool(terminated), bool(truncated) or self.steps == self.limit, {}
-
-
-def episode_seeds(*key: int, count: int = 1) -> list[int]:
-    """Seeds of episodes, from the run's seed and their place in the run."""
-    return np.random.SeedSequence(key).generate_state(count).tolist()
-
-
-def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list, stop: list, video: Path) -> np.ndarray | None:
-    """The returns of an episode with each seed, without noise; None if a signal came meanwhile."""
-    returns, running, frames = np.zeros(len(seeds)), np.ones(len(seeds), bool), []
-    try:
-        obs, _ = envs.reset(seed=seeds)
-        while running.any() and not stop:
-            if agent.args.capture_video and running[0]:
-                frames.append(envs.envs[0].render())
-            obs, reward, terminated, truncated, _ = envs.step(agent.act(obs))
-            returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
-            running &= ~(terminated | truncated)
-    except (EOFError, ConnectionError, KeyboardInterrupt):
-        for process in envs.processes:  # quietly
-            process.kill()
-        envs.closed = True
-        time.sleep(1)  # the signal that ended one of them may reach this one later
-        if not stop:
-            sys.exit("error: a process of the evaluation died; go on with --no-eval-processes")
-    if frames and not stop:
-        video.parent.mkdir(exist_ok=True)
-        import_module("imageio.v2").mimwrite(video, frames, fps=30, macro_block_size=2)  # h264 needs even sizes
-    return None if stop else returns
-
-
 def size_of(args: Args, module: str, width: int, blocks: int) -> tuple[int, int]:
     """Width and number of blocks of a module that has `width` and `blocks` at scale 1."""
     scale = getattr(args, f"{module}_scale")
@@ -724,311 +595,273 @@ def size_of(args: Args, module: str, width: int, blocks: int) -> tuple[int, int]
     return max(1, round(width * width_scale)), max(1, round(blocks * depth_scale))
 
 
-def graphed(agent: Agent, update: Callable, *modules: str) -> Callable:
-    """An update of these modules as one CUDA graph. Two first calls run eagerly, and those that change a topology."""
-    sparsifiers, graph, metrics, eager_calls = [agent.sparsifiers[name] for name in modules], None, {}, 0
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with one line: what the user can mend in flags, environment or run directory. Else there is a traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
-    def run(rb: ReplayBuffer) -> dict[str, Tensor]:
-        nonlocal graph, metrics, eager_calls
-        if eager_calls < 2 or any(sparsifier.topology_update_due for sparsifier in sparsifiers):
-            eager_calls, eager_metrics = eager_calls + 1, update(rb)
-            for optimizer in agent.optimizers.values():
-                optimizer.zero_grad()  # or these gradients would stay in memory beside the graph's
-            return eager_metrics
-        if graph is None:
-            print("capturing an update as CUDA graph: if that fails, train with --no-cuda-graphs")
-            graph = torch.cuda.CUDAGraph()
-            for generator in (agent.generator, rb.generator):
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                metrics = update(rb)  # computes nothing yet, but advances the clocks of the sparsifiers
+
+def say(line: str) -> None:
+    """Print at once. Where nobody reads any more (a closed terminal, pipe or stdout), the run goes on in silence."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+class DMControl(gym.Env):
+    """A task of the DeepMind Control suite, such as dog-run. Its episodes do not terminate, they run out of time."""
+
+    def __init__(self, env_id: str, seed: int):
+        os.environ.setdefault("MUJOCO_GL", "disable")  # "egl" to render; dm_control reads it when it is imported
+        suite = importlib.import_module("dm_control.suite")
+        domain, _, task = env_id.partition("-")
+        if (domain, task) not in suite.ALL_TASKS:
+            fail(f"{env_id} is neither a task of the DeepMind Control suite, such as dog-run, nor a Gymnasium id")
+        self.dmc = suite.load(domain, task, {"random": seed}, {"flat_observation": True})
+        obs, action = self.dmc.observation_spec()["observations"], self.dmc.action_spec()
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, obs.dtype)
+        self.action_space = gym.spaces.Box(action.minimum, action.maximum, dtype=np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.dmc.task.random.seed(seed)
+        return self.dmc.reset().observation["observations"], {}
+
+    def step(self, action: np.ndarray):
+        step = self.dmc.step(action)
+        return step.observation["observations"], step.reward, False, step.last(), {}
+
+
+def flat(space: gym.Space, obs) -> np.ndarray:
+    """An observation as a float32 vector, with NaN where it is not of its space. Rounding may leave a Box."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flat(part, obs.get(key)) for key, part in space.items()])
+    if np.shape(obs) == space.shape if isinstance(space, gym.spaces.Box) else space.contains(obs):
+        return gym.spaces.flatten(space, obs).astype(np.float32)
+    return np.float32([np.nan])
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """Agent steps with actions in [-1, 1] and flat float32 observations. Sets the `args` left to the environment."""
+    try:
+        if ":" in args.env_id or args.env_id in gym.registry:  # "package:Name-v0" imports its package
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+            repeat, limit = args.action_repeat or 1, env.spec.max_episode_steps
         else:
-            for sparsifier in sparsifiers:
-                sparsifier.updates += 1
-        graph.replay()
-        return metrics
+            env, repeat, limit = DMControl(args.env_id, args.seed), args.action_repeat or 2, 1_000
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"no {args.env_id}: {error} Install its package (pip install -e) or name its folder in PYTHONPATH")
+    box, space = env.action_space, env.observation_space
+    if not (isinstance(box, gym.spaces.Box) and box.dtype.kind == "f" and len(box.shape) == 1 and box.is_bounded()):
+        fail(f"{args.env_id} has actions {box}: agents need a flat, bounded Box of real numbers")
+    if not space.is_np_flattenable:
+        fail(f"{args.env_id} has observations {space}: agents need a fixed number of them")
+    limits = [x for x in (args.max_episode_steps, limit and math.ceil(limit / repeat)) if x]  # in agent steps
+    args.action_repeat, args.max_episode_steps = repeat, min(limits, default=None)
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
+    env = gym.wrappers.TimeLimit(env, repeat * (args.max_episode_steps or 100_000))
+    env = episode = gym.wrappers.RecordEpisodeStatistics(env)
 
-    return run
+    def observation(obs) -> np.ndarray:
+        if np.isfinite(vector := flat(space, obs)).all():
+            return vector
+        given = " ".join(f"{obs} is not finite or not of {space}".split())
+        sys.exit(f"error: the observation of {args.env_id} at step {episode.episode_lengths} of an episode: {given}")
 
-
-def pathologies(agent: Agent, kind: type[nn.Module], features: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
-    """srank (Kumar et al. 2021) of `features()`, dormant ratio (Sokar et al. 2023) of `kind` of layers, and norms."""
-    hidden: dict[str, list[Tensor]] = {name: [] for name in MODULES}
-    layers = [(name, layer) for name in MODULES for layer in getattr(agent, name).modules() if isinstance(layer, kind)]
-    hooks = [layer.register_forward_hook(lambda *io, name=name: hidden[name].append(io[2])) for name, layer in layers]
-    metrics, features_of = {}, features()
-    for hook in hooks:
-        hook.remove()
-    for name, x in features_of.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(f"a feature of the {name} is not finite")
-        metrics[f"plasticity/{name}_srank"] = stable_rank(x)
-        metrics[f"plasticity/{name}_dormant_ratio"] = dormant_ratio(hidden[name], tau=0.1)
-        metrics[f"plasticity/{name}_dormant_ratio_0.025"] = dormant_ratio(hidden[name], tau=0.025)
-        metrics[f"plasticity/{name}_feature_norm"] = x.norm(dim=1).mean().item()
-        metrics[f"plasticity/{name}_weight_norm"] = nn.utils.get_total_norm(getattr(agent, name).parameters()).item()
-    return metrics
+    shape = gym.spaces.flatten_space(space).shape
+    env = gym.wrappers.TransformObservation(env, observation, gym.spaces.Box(-np.inf, np.inf, shape))
+    return gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1, 1), repeat)
 
 
-def print_table(args: Args, agent: Agent, rb: ReplayBuffer) -> None:
-    print(f"{'module':<10}{'regime':>8}{'parameters':>14}{'active':>14}{'sparsity':>10}")
-    total = np.zeros(2, int)
-    for name, sparsifier in agent.sparsifiers.items():
-        named = getattr(agent, name).named_parameters()
-        size = sum(p.numel() for key, p in named if not key.startswith(ALWAYS_DENSE))  # as the paper counts
-        active = size - sum(int((~mask).sum()) for mask in sparsifier.masks.values())
-        print(f"{name:<10}{sparsifier.regime:>8}{size:>14,}{active:>14,}{sparsifier.sparsity():>10.4f}")
-        total += size, active
-    print(f"{'agent':<10}{total[0]:>22,}{total[1]:>14,}", *(f"without the {name}" for name in ALWAYS_DENSE))
-    limit = f"at most {args.max_episode_steps:,} agent steps" if args.max_episode_steps else "no declared limit"
-    print(f"episodes of {limit}, discount factor {args.gamma:g}, replay buffer of {rb.storage.nbytes / 2**30:.2f} GiB")
+def episode_seeds(*key: int, count: int = 1) -> list[int]:
+    """Seeds of episodes, from the run's seed and their place in the run."""
+    return np.random.SeedSequence(key).generate_state(count).tolist()
 
 
-def check(args: Args) -> None:
-    """ValueError for the first flag that cannot be. What tyro, torch and the Sparsifier refuse is not in here."""
-    if os.name != "posix":
-        raise ValueError("runs are locked and stopped as on Linux, macOS and WSL: use one of these")
-    for name, value in asdict(args).items():
-        low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
-        high = 1 if name in ("gamma", "tau") else math.inf
-        if type(value) in (int, float) and name != "target_entropy" and not (low <= value <= high and value < math.inf):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
-    if re.search(r"[^\w.+=-]", args.exp_name):
-        raise ValueError(f"--exp-name {args.exp_name} names a folder: write letters, digits and _ . + = - only")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that torch sees: train with --no-cuda")
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list[int], stop: list | tuple = ()) -> np.ndarray:
+    """The returns of an episode with each seed, without noise. Ends at once where `stop` is filled."""
+    returns, running = np.zeros(len(seeds)), np.ones(len(seeds), bool)
+    obs, _ = envs.reset(seed=seeds)
+    while running.any() and not stop:
+        obs, reward, terminated, truncated, _ = envs.step(agent.act(obs))
+        returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
+        running &= ~(terminated | truncated)
+    return returns
 
 
-def save(path: Path, content: dict) -> None:
-    """Write to a temporary file, sync and rename: `path` holds the old or the new content, never a part of it."""
-    if not all(tensor.isfinite().all() for tensor in content["agent"].values()):
-        raise FloatingPointError("a weight is not finite")
+def write(path: Path, content: dict | str) -> None:
+    """Save aside, sync and rename: `path` holds the old or the new content, never a part of it."""
     temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
+    """The run directory, locked. Ends where it holds a finished or another run, or another process trains it."""
+    may_change = ("eval_interval", "eval_episodes", "log_interval", "checkpoint_minutes", "track", "runs_dir")
+    name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
+    run_dir, now = Path(args.runs_dir, name).expanduser(), asdict(args)
+    config, eval_csv = run_dir / "config.json", run_dir / "eval.csv"
     try:
-        torch.save(content, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError when it cannot write
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path.name}: {error!r}") from error
-
-
-def load(path: Path) -> dict:
-    """Read tensors and plain values; a file can hold nothing else, so opening it runs no code."""
-    try:
-        if broken := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
-            raise ValueError(f"the checksum of {broken} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("args", "run", "agent")} | content
-    except Exception as error:  # zip, pickle and torch have many ways to say that a file is broken
-        sys.exit(f"error: {path} is missing, damaged or not ours ({error!r:.200}); restore a copy, or delete it")
-
-
-def load_agent(args: Args) -> tuple[Args, dict]:
-    """What the run directory of --eval-only holds, and the arguments to play it with: its own, but for how to play."""
-    path, now, default = Path(args.eval_only, "agent.pt"), asdict(args), asdict(Args())
-    saved = load(path if path.exists() else path.with_name("checkpoint.pt"))
-    own = ("seed", "eval_episodes", "eval_processes", "capture_video", "cuda", "eval_only")
-    if foreign := sorted(saved["args"].keys() - now.keys()):
-        raise ValueError(f"{args.eval_only} is another script's, with --{foreign[0].replace('_', '-')}: play it there")
-    if ignored := [name for name in now if now[name] != default[name] and name not in own]:
-        raise ValueError(f"--eval-only plays with the flags of the run: leave out --{ignored[0].replace('_', '-')}")
-    return replace(Args(**saved["args"]), buffer_size=1_000, **{name: now[name] for name in own}), saved
-
-
-def open_run(args: Args) -> tuple[Path, dict | None]:
-    """The run directory, locked, and its checkpoint; logs are cut back to it. ValueError for a run with other flags."""
-    may_change = (  # what never moves the training
-        "eval_interval", "eval_episodes", "eval_processes", "log_interval", "checkpoint_interval", "diagnostics",
-        "track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir", "cuda_graphs",
-    )  # fmt: skip
-    run_dir = Path(args.runs_dir, re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"))
-    run_dir.mkdir(parents=True, exist_ok=True)
+        was = asdict(Args()) | json.loads(config.read_text())["args"] if config.exists() else now
+        changed = [f"{x} {was[x]} -> {now.get(x)}" for x in was if was[x] != now.get(x) and x not in may_change]
+        rows = eval_csv.read_text().split() if eval_csv.exists() else []
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{run_dir} cannot be used ({error!r}): mend it, or choose another --runs-dir or --exp-name")
+    if changed:
+        fail(f"{run_dir} holds a run with other flags ({', '.join(changed)}): choose another --exp-name")
+    if rows and rows[-1].startswith(f"{args.total_timesteps},"):
+        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
+        sys.exit(0)
+    if rows and not (run_dir / "checkpoint.pt").exists():
+        fail(f"{run_dir} has results and no checkpoint.pt to go on from: move it, or choose another --exp-name")
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
-    fcntl = import_module("fcntl")  # not on Windows
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"error: {run_dir} is being trained by another process; choose another --exp-name or --seed")
+        fail(f"{run_dir} is being trained by another process; choose another --exp-name or --seed", code=75)
     except OSError:  # a file system without locks
         pass
-    config, temporary = run_dir / "config.json", run_dir / "config.tmp"
     if not config.exists():
-        versions = {x.name: x.version for x in distributions()} | {"python": platform.python_version()}
-        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
-        commit = subprocess.run(git, shell=True, capture_output=True, text=True, check=False).stdout.strip() or None
-        origin = {"command": sys.argv, "versions": versions, "git_commit": commit, "machine": platform.platform()}
-        temporary.write_text(json.dumps({"args": asdict(args), **origin}, indent=2))
-        temporary.replace(config)
-    try:
-        now, before = asdict(args), asdict(Args()) | json.loads(config.read_text())["args"]
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"error: {config} is damaged; restore a copy of it, or delete {run_dir} to start anew")
-    changes = [f"{x} {before[x]} -> {now.get(x)}" for x in before if before[x] != now.get(x) and x not in may_change]
-    if changes:
-        raise ValueError(f"{run_dir} holds a run with other flags ({', '.join(changes)}): choose another --exp-name")
-    if (run_dir / "agent.pt").exists():
-        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
-        sys.exit(0)
-    checkpoint = load(run_dir / "checkpoint.pt") if (run_dir / "checkpoint.pt").exists() else None
-    files = checkpoint["files"] if checkpoint else {}
-    for path in [run_dir / "eval.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name not in files:
-            path.unlink(missing_ok=True)
-        elif path.stat().st_size > files[path.name]:
-            os.truncate(path, files[path.name])
-    return run_dir, checkpoint
+        git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40"], Path(__file__).resolve().parent
+        found = shutil.which("git") and subprocess.run(git, cwd=here, capture_output=True, text=True, check=False)
+        versions = {x.name: x.version for x in distributions()} | {"python": sys.version}
+        origin = {"command": sys.argv, "versions": versions, "git_commit": found.stdout.strip() if found else None}
+        write(config, json.dumps({"script": Path(__file__).stem, "args": now, "modules": modules, **origin}, indent=2))
+    return run_dir
 
 
 def main() -> int:
-    args, saved, stop = tyro.cli(Args, description=__doc__), None, []  # stop: the signals that came
-
-    def on_signal(number: int, frame) -> None:
-        stop.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second ctrl-C ends the process at once
-
+    args = tyro.cli(Args, description=__doc__)
+    for name, value in vars(args).items():
+        low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
+        high = 1 if name in ("gamma", "tau", "drop_fraction") else 0.999 if name.endswith("sparsity") else math.inf
+        if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
+            fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights and Biases: pip install wandb")
+    if args.learning_starts >= args.total_timesteps:
+        print("warning: nothing will be trained: --learning-starts is not below --total-timesteps", file=sys.stderr)
+    torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them
+    if args.cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 products
+        torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up
+    env, device = make_env(args), torch.device("cuda" if args.cuda else "cpu")
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(args, *dims, device).eval()
     try:
-        check(args)
-        if args.eval_only:
-            args, saved = load_agent(args)
-        sys.stdout.reconfigure(line_buffering=True)
-        import_module("threading").excepthook = lambda error: None  # TensorBoard raises its thread's error here as well
-        gym.logger.min_level = 50  # an error in a process of the evaluation is said once, below
-        torch.backends.cudnn.deterministic = args.torch_deterministic
-        torch.set_float32_matmul_precision(args.matmul_precision if args.cuda else "highest")
-        torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them
-        opengl = args.capture_video or args.env_id == "quadruped-escape"  # whose terrain is drawn
-        os.environ.setdefault("MUJOCO_GL", "egl" if opengl else "disable")
-        for number in (signal.SIGINT, signal.SIGUSR1):  # before the fork: the evaluation's processes carry on
-            signal.signal(number, on_signal)
-        env, device = AgentEnv(args), torch.device("cuda" if args.cuda else "cpu")
-        makers = [lambda: AgentEnv(args)] * (1 if args.dry_run else args.eval_episodes)
-        if args.eval_processes and not opengl:  # before lock and GPU. Another package's threads would survive no fork
-            envs = gym.vector.AsyncVectorEnv(makers, context="fork" if type(env.unwrapped) is DMControl else "spawn")
-        else:
-            envs = gym.vector.SyncVectorEnv(makers)
-        signal.signal(signal.SIGTERM, on_signal)  # after the fork: it ends those processes
-        args.action_repeat, args.max_episode_steps = env.action_repeat, env.limit
-        if args.cuda:
-            torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs are captured on the stream that warmed up
-        dims = env.observation_space.shape[0], env.action_space.shape[0]
-        agent, rb = Agent(args, *dims, device).eval(), ReplayBuffer(args, *dims, device)
-        print_table(args, agent, rb)
-        if args.dry_run:
-            return 0
-        if saved:
-            agent.load_state_dict(agent.state_dict() | saved["agent"])  # agent.pt holds no target networks
-            seeds = episode_seeds(args.seed, 2, count=args.eval_episodes)
-            returns = evaluate(agent, envs, seeds, [], Path(args.eval_only, "videos", "eval_only.mp4"))
-            print(f"agent step {saved['run']['step']:,}: {returns.mean():.1f} +- {returns.std():.1f}", returns.round(1))
-            return 0
-        run_dir, checkpoint = open_run(args)
-    except (ValueError, RuntimeError, FloatingPointError, gym.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        sys.exit(f"error: cannot write to {args.runs_dir} ({error}); choose another folder with --runs-dir")
-    run = SimpleNamespace(step=0, episode=0, episode_return=0.0, actions=[], wall_seconds=0.0, metrics={}, scalars={})
+        rb = ReplayBuffer(args, *dims, device)
+    except RuntimeError as error:  # torch's allocator
+        raise MemoryError(f"is --buffer-size {args.buffer_size} too large for {dims[0]} observations?") from error
+    print(*(f"{name:>8}: {sparsifier}" for name, sparsifier in agent.sparsifiers.items()), sep="\n")
+    gib = sum(p.nbytes * (4 if p.requires_grad else 1) for p in agent.parameters()) / 2**30
+    print(f"{gib:.2f} GiB of weights, targets, gradients and moments, {rb.storage.nbytes / 2**30:.2f} of replay buffer")
+    limit = args.max_episode_steps or "100,000 (none is declared)"
+    print(f"limit of episodes: {limit} agent steps, discount factor {args.gamma:g}", flush=True)
+    if args.dry_run:
+        return 0
+    run_dir = open_run(args, {name: sparsifier.counts() for name, sparsifier in agent.sparsifiers.items()})
+    checkpoint_pt = run_dir / "checkpoint.pt"
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
+    stop: list[int] = []  # the signals that came: the run stops after the current step, or at once at a second Ctrl-C
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+            signal.signal(each, lambda x, _: (stop.append(x), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    run = SimpleNamespace(step=0, episode=0, actions=[], obs=[], wall_seconds=0.0, losses={}, scalars={})
+    run.eval_csv = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
+    run.metrics_csv = ["agent_step,tag,value\n"]
     exploration = torch.Generator().manual_seed(args.seed)
     generators = [torch.default_generator, *torch.cuda.default_generators, agent.generator, rb.generator, exploration]
-    parts = {"agent": agent, "replay_buffer": rb}
-    parts |= {f"{name} optimizer": optimizer for name, optimizer in agent.optimizers.items()}
-    parts |= {f"{name} sparsifier": sparsifier for name, sparsifier in agent.sparsifiers.items()}
-    try:
-        if checkpoint:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            for generator, state in zip(generators, checkpoint["generators"], strict=True):
-                generator.set_state(state)
-            vars(run).update(checkpoint["run"])
-            print(f"resuming {run_dir} at agent step {run.step:,}")
-        if run.actions:  # with its seed, they restore the running episode
-            obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
-            for action in run.actions:
-                obs, *_ = env.step(np.array(action, np.float32))
-            if obs.tolist() != checkpoint["obs"]:  # of the environments tried, only BipedalWalker-v3
-                print(f"warning: {args.env_id} cannot be restored, the interrupted episode ends here", file=sys.stderr)
-                run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
-        if args.track:
-            import_module("wandb").init(
-                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, name=run_dir.name,
-                config=asdict(args), sync_tensorboard=True, resume="allow", save_code=True,
-            )  # fmt: skip
-        writer = SummaryWriter(run_dir, purge_step=run.step if checkpoint else None)
-        if not checkpoint:
-            rows = (f"|{name}|{value}|" for name, value in asdict(args).items())
-            writer.add_text("hyperparameters", "\n".join(("|param|value|", "|-|-|", *rows)))
-        del checkpoint  # its replay buffer may be large
-        start = time.time() - run.wall_seconds
-        bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None)
-        while True:
-            run.wall_seconds = time.time() - start
-            if stop or (run.step and run.step % args.checkpoint_interval == 0):
-                writer.flush()
-                state = {"args": asdict(args), "run": vars(run), "obs": obs.tolist() if run.actions else None}
-                state |= {name: part.state_dict() for name, part in parts.items()}
-                state["generators"] = [generator.get_state() for generator in generators]
-                state["files"] = {path.name: path.stat().st_size for path in run_dir.iterdir()}
-                save(run_dir / "checkpoint.pt", state)
+    parts = [agent, rb, *agent.optimizers.values(), *agent.sparsifiers.values()]
+    if checkpoint_pt.exists():
+        checkpoint = torch.load(checkpoint_pt, map_location="cpu", weights_only=True)
+        for part, state in zip(parts, checkpoint["parts"], strict=True):
+            part.load_state_dict(state)
+        for generator, state in zip(generators, checkpoint["generators"], strict=True):
+            generator.set_state(state)
+        vars(run).update(checkpoint["run"])
+        del checkpoint, state  # its replay buffer may be large
+    say(f"training from agent step {run.step:,}: {run_dir}")
+    obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
+    for action in run.actions:  # with its seed, they restore the running episode
+        obs, *_ = env.step(np.array(action, np.float32))
+    if run.actions and obs.tolist() != run.obs:  # it depends on more than that, as BipedalWalker-v3 does
+        print(f"warning: {args.env_id} cannot be restored exactly: its running episode ends here", file=sys.stderr)
+        run.episode, run.actions = run.episode + 1, []
+    if args.track:
+        wandb = importlib.import_module("wandb")
+        wandb.init(id=run_dir.name, name=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=run.step)  # hides what a killed process logged after its checkpoint
+    start, trained = time.monotonic() - run.wall_seconds, None  # step and time at which this process began to train
+    saved = run.wall_seconds if run.step else -math.inf  # a run has a checkpoint before it has results
+    bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None)
+    while True:
+        run.wall_seconds, finished = time.monotonic() - start, run.step == args.total_timesteps
+        if stop or run.wall_seconds - saved >= 60 * args.checkpoint_minutes:  # before what this step logs
+            writer.flush()
+            state = {"agent": agent.state_dict(), "parts": [part.state_dict() for part in parts]}
+            state |= {"run": vars(run) | {"obs": obs.tolist()}, "generators": [x.get_state() for x in generators]}
+            write(checkpoint_pt, state)
+            saved = run.wall_seconds
+        if stop:
+            say(f"stopped at agent step {run.step:,}; start the same command again to go on")
+            return 75  # EX_TEMPFAIL
+        evaluated = finished or run.step % args.eval_interval == 0
+        if evaluated:
+            returns = evaluate(agent, envs, episode_seeds(args.seed, 1, run.step, count=args.eval_episodes), stop)
             if stop:
-                print(f"stopped at agent step {run.step:,}; start the same command again to go on")
-                return 75  # EX_TEMPFAIL
-            if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
-                seeds = episode_seeds(args.seed, 1, run.step, count=args.eval_episodes)
-                returns = evaluate(agent, envs, seeds, stop, run_dir / "videos" / f"agent_step_{run.step}.mp4")
-                if returns is None:  # a signal came
-                    continue
-                mean, std, seconds = float(returns.mean()), float(returns.std()), round(run.wall_seconds, 1)
-                with open(run_dir / "eval.csv", "a") as file:
-                    if file.tell() == 0:
-                        file.write("agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n")
-                    file.write(f"{run.step},{run.step * args.action_repeat},{mean},{std},{len(returns)},{seconds}\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                run.scalars |= {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
-                for name, sparsifier in agent.sparsifiers.items():
-                    run.scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
-                run.scalars |= diagnose(agent, rb, seed=run.step) if args.diagnostics else {}
-                speed = run.step / run.wall_seconds
-                left = f"{tqdm.format_interval((args.total_timesteps - run.step) / speed)} left" if run.step else ""
-                tqdm.write(f"agent step {run.step:>7,}  return {mean:7.1f} +- {std:5.1f}  {speed:6.1f} steps/s  {left}")
-            for name, value in run.scalars.items():  # of this step, all after its checkpoint
-                writer.add_scalar(name, value, run.step)
-            if run.step == args.total_timesteps:
+                continue
+            mean, std, seconds = returns.mean().item(), returns.std().item(), round(run.wall_seconds, 1)
+            run.eval_csv += f"{run.step},{run.step * args.action_repeat},{mean},{std},{len(returns)},{seconds}\n"
+            run.scalars |= {"eval/episode_return_mean": mean, "eval/episode_return_std": std}
+            for name, sparsifier in agent.sparsifiers.items():
+                run.scalars |= {f"sparsity/{name}_{key}": value for key, value in sparsifier.statistics().items()}
+            run.scalars |= diagnose(agent, rb, seed=run.step) if run.step > 0 else {}
+            bar.clear()
+            say(f"agent step {run.step:>9,}  return {mean:7.1f} +- {std:5.1f}  after {seconds:,} s")
+        for name, value in run.scalars.items():
+            writer.add_scalar(name, value, run.step)
+            run.metrics_csv.append(f"{run.step},{name},{value}\n")
+        if evaluated:
+            write(run_dir / "metrics.csv", "".join(run.metrics_csv))
+            if finished:
                 break
-
-            if not run.actions:
-                obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
-                rb.start_episode(obs)
-            action = agent.explore(obs, run.step < args.learning_starts, exploration)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            rb.add(action, reward, obs, terminated)
-            run.actions.append(action.tolist())
-            run.step, run.episode_return, run.scalars = run.step + 1, run.episode_return + reward, {}
-            if terminated or truncated:
-                run.scalars = {"charts/episodic_return": run.episode_return, "charts/episodic_length": len(run.actions)}
-                run.episode, run.episode_return, run.actions = run.episode + 1, 0.0, []
-            if run.step >= args.learning_starts:
-                agent.train()
-                metrics = agent.train_step(rb)
-                agent.eval()
-                run.metrics |= zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)
-                if broken := [f"{name} is {value}" for name, value in run.metrics.items() if not math.isfinite(value)]:
-                    raise FloatingPointError(f"{broken[0]}; a lower learning rate or LayerNorm may help")
-                if run.step % args.log_interval == 0:
-                    run.scalars |= {**run.metrics, "charts/SPS": run.step / (time.time() - start)}
-            bar.update()
-        writer.close()
-        weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
-        masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifiers.items()}
-        save(run_dir / "agent.pt", {"args": asdict(args), "run": vars(run), "agent": weights, "masks": masks})
-        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    except (FloatingPointError, gym.error.Error, ImportError) as error:
-        sys.exit(f"error: {error} ({args.env_id}, agent step {run.step:,}); {run_dir} keeps its last good checkpoint")
-    except OSError as error:
-        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space and start the same command again")
-    print(f"finished: results in {run_dir}")
+            write(run_dir / "eval.csv", run.eval_csv)
+        if not run.actions:
+            obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
+        action = agent.explore(obs, run.step < args.learning_starts, exploration)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        if not math.isfinite(reward):
+            sys.exit(f"error: {args.env_id} gave the reward {reward} at agent step {run.step}")
+        rb.add(obs, action, reward, next_obs, terminated, first=not run.actions)
+        run.step, run.scalars, obs = run.step + 1, {}, next_obs
+        run.actions.append(action.tolist())
+        if terminated or truncated:
+            run.scalars |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": len(run.actions)}
+            run.episode, run.actions = run.episode + 1, []
+        if run.step >= args.learning_starts:
+            trained = trained or (run.step - 1, time.monotonic())
+            agent.train()
+            run.losses |= agent.train_step(rb)
+            agent.eval()
+            if run.step % args.log_interval == 0:
+                run.scalars |= {name: value.item() for name, value in run.losses.items()}
+                run.scalars["charts/SPS"] = (run.step - trained[0]) / (time.monotonic() - trained[1])
+                if not all(map(math.isfinite, run.scalars.values())):
+                    sys.exit(f"error: not finite at agent step {run.step} (lower the learning rate?): {run.scalars}")
+        bar.update()
+    writer.close()
+    weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
+    masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifiers.items()}
+    write(run_dir / "agent.pt", {"args": asdict(args), "step": run.step, "agent": weights, "masks": masks})
+    write(run_dir / "eval.csv", run.eval_csv)  # its last row says that the run is finished
+    checkpoint_pt.unlink(missing_ok=True)
+    say(f"finished: results in {run_dir}")
     return 0
 
 

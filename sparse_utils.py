@@ -17,9 +17,10 @@ Methods: RigL (Evci et al., arXiv 1911.11134), SET (Mocanu et al., Nature Commun
 al., arXiv 2302.12902).
 """
 
+import contextlib
 import math
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -286,7 +287,7 @@ class Sparsifier:
         self.replaced = 0.0
         self.pending = False  # a topology update waits for finite gradients
         self.checked = False  # the weights, since they were masked or a state was loaded
-        self.module = module
+        self.module, self.exclude = module, tuple(f"{name}." for name in exclude)
         self.weights = _weights_to_mask(module, include, exclude)
         self.masks: dict[str, Tensor] = {}
         self.optimizer = optimizer
@@ -372,6 +373,17 @@ class Sparsifier:
     def statistics(self) -> dict[str, float]:
         """What is worth logging: measured sparsity, topology updates so far, share of connections the last replaced."""
         return {"sparsity": self.sparsity(), "topology_updates": self.topology_updates, "replaced": self.replaced}
+
+    def counts(self) -> dict[str, int]:
+        """Parameters of the module without the excluded submodules, and those of them that no mask zeroes."""
+        size = sum(p.numel() for name, p in _parameters(self.module).items() if not name.startswith(self.exclude))
+        zeros = sum(mask.numel() for mask in self.masks.values()) - self._active()
+        return {"parameters": size, "active_parameters": size - zeros}
+
+    def __str__(self) -> str:
+        """For a table of modules."""
+        size, active = self.counts().values()
+        return f"{self.regime:>5} {size:>14,} parameters {active:>14,} active   sparsity {self.sparsity():.4f}"
 
     def coverage(self) -> float:
         """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
@@ -556,3 +568,68 @@ def dormant_ratio(activations: Sequence[Tensor], tau: float = 0.1) -> float:
         dormant += int((score <= tau * score.mean()).sum())
         units += score.numel()
     return dormant / units
+
+
+@contextlib.contextmanager
+def hooked(modules: Mapping[str, nn.Module], kind: type[nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """The outputs of each module's layers of this `kind`, in the order in which they are computed meanwhile."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    layers = [(name, x) for name, module in modules.items() for x in module.modules() if isinstance(x, kind)]
+    for name in modules.keys() - dict(layers).keys():
+        raise ValueError(f"the {name} has no {kind.__name__}: name the class of its activations in diagnose()")
+    hooks = [x.register_forward_hook(lambda *args, name=name: outputs[name].append(args[2])) for name, x in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def plasticity(
+    modules: Mapping[str, nn.Module], features: Mapping[str, Tensor], hidden: Mapping[str, Sequence[Tensor]]
+) -> dict[str, float]:
+    """What the paper measures of each module (Figs. 3, 7 and 10). `features` and all of `hidden`: (batch, units)."""
+    metrics = {}
+    for name, module in modules.items():
+        metrics[f"plasticity/{name}_srank"] = stable_rank(features[name])
+        metrics[f"plasticity/{name}_dormant_ratio"] = dormant_ratio(hidden[name], tau=0.1)
+        metrics[f"plasticity/{name}_dormant_ratio_0.025"] = dormant_ratio(hidden[name], tau=0.025)
+        metrics[f"plasticity/{name}_feature_norm"] = features[name].norm(dim=1).mean().item()
+        metrics[f"plasticity/{name}_weight_norm"] = nn.utils.get_total_norm(module.parameters()).item()
+    return metrics
+
+
+# CUDA graphs --------------------------------------------------------------------------------------------------------
+
+
+def graphed(
+    update: Callable, module: nn.Module, sparsifiers: Collection[Sparsifier], generator: torch.Generator
+) -> Callable:
+    """`update(rb)` as one CUDA graph. Its first two calls run eagerly, and those that a Sparsifier needs on the host.
+
+    `update` trains parameters of `module`, calls `step()` of the `sparsifiers` once each, draws random numbers from
+    `generator` and `rb.generator` alone and returns a dict of tensors. Call it on another stream than the default one:
+    a graph is captured on the stream that warmed up.
+    """
+    graph, metrics, eager_calls = None, {}, 0
+
+    def run(rb: Any) -> dict[str, Tensor]:
+        nonlocal graph, metrics, eager_calls
+        if eager_calls < 2 or any(sparsifier.topology_update_due for sparsifier in sparsifiers):
+            eager_calls, eager_metrics = eager_calls + 1, update(rb)
+            module.zero_grad()  # or these gradients would stay in memory beside the graph's
+            return eager_metrics
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            for each in (generator, rb.generator):
+                graph.register_generator_state(each)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                metrics = update(rb)  # computes nothing yet, but advances the clocks of the sparsifiers
+        else:
+            for sparsifier in sparsifiers:
+                sparsifier.updates += 1
+        graph.replay()
+        return metrics
+
+    return run

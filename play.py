@@ -1,0 +1,60 @@
+"""Play a trained agent of any of the scripts: its returns, and a video of its first episode.
+
+    python play.py runs/humanoid-run__mst_sac__1 --episodes 10 --video
+
+Reads `agent.pt`, or the `checkpoint.pt` of a run that trains. A video needs OpenGL: EGL, or what MUJOCO_GL names.
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+
+def main(run_dir: Path, /, episodes: int = 10, seed: int = 1, video: bool = False) -> None:
+    """Play a trained agent.
+
+    Args:
+        run_dir: folder of the run
+        episodes: number of episodes, without noise
+        seed: of the episodes
+        video: write `video.mp4` into the folder of the run
+    """
+    run_dir = run_dir.expanduser()
+    path = run_dir / "agent.pt" if (run_dir / "agent.pt").exists() else run_dir / "checkpoint.pt"
+    if not path.exists():
+        sys.exit(f"error: {run_dir} has no agent.pt and no checkpoint.pt: name the folder of a run")
+    if video:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    config = json.loads((run_dir / "config.json").read_text())
+    script, saved = import_module(config["script"]), torch.load(path, map_location="cpu", weights_only=True)
+    args = script.Args(**config["args"] | {"cuda": False, "cuda_graphs": False, "compile": False})
+    film = {"render_mode": "rgb_array"} if video else {}
+    envs = gym.vector.SyncVectorEnv([lambda: script.make_env(args, **film)] * episodes)
+    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = script.Agent(args, *dims, torch.device("cpu")).eval()
+    agent.load_state_dict(saved["agent"], strict=False)  # agent.pt holds no target networks
+    frames, act, first = [], agent.act, envs.envs[0]
+    dm_control = hasattr(first.unwrapped, "dmc")
+
+    def act_and_film(obs: np.ndarray) -> np.ndarray:
+        if first.get_wrapper_attr("episode_count") == 0:
+            frames.append(first.unwrapped.dmc.physics.render(480, 480, camera_id=0) if dm_control else first.render())
+        return act(obs)
+
+    agent.act = act_and_film if video else act
+    returns = script.evaluate(agent, envs, script.episode_seeds(seed, 2, count=episodes))
+    print(f"{path}: {returns.mean():.1f} +- {returns.std():.1f}", returns.round(1))
+    if video:
+        import_module("imageio").mimwrite(run_dir / "video.mp4", frames, fps=30, macro_block_size=2)  # even sizes
+        print(f"video: {run_dir / 'video.mp4'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
