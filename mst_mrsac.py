@@ -645,7 +645,7 @@ def flat(space: gym.Space, obs) -> np.ndarray:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """Agent steps with actions in [-1, 1] and flat float32 observations. Sets the `args` left to the environment."""
     try:
-        if ":" in args.env_id or args.env_id in gym.registry:  # "package:Name-v0" imports its package
+        if re.search(r":|-v\d+$", args.env_id) or args.env_id in gym.registry:  # "package:Name-v0" imports its package
             env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
             repeat, limit = args.action_repeat or 1, env.spec.max_episode_steps
         else:
@@ -663,14 +663,13 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     env = gym.wrappers.TimeLimit(env, repeat * (args.max_episode_steps or 100_000))
     env = episode = gym.wrappers.RecordEpisodeStatistics(env)
 
-    def observation(obs) -> np.ndarray:
-        if np.isfinite(vector := flat(space, obs)).all():
-            return vector
+    def vector(obs) -> np.ndarray:
+        if np.isfinite(flat_obs := flat(space, obs)).all():
+            return flat_obs
         given = " ".join(f"{obs} is not finite or not of {space}".split())
         sys.exit(f"error: the observation of {args.env_id} at step {episode.episode_lengths} of an episode: {given}")
 
-    shape = gym.spaces.flatten_space(space).shape
-    env = gym.wrappers.TransformObservation(env, observation, gym.spaces.Box(-np.inf, np.inf, shape))
+    env = gym.wrappers.TransformObservation(env, vector, gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),)))
     return gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1, 1), repeat)
 
 
@@ -716,7 +715,7 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
     if changed:
         fail(f"{run_dir} holds a run with other flags ({', '.join(changed)}): choose another --exp-name")
     if rows and rows[-1].startswith(f"{args.total_timesteps},"):
-        print(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
+        say(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
         sys.exit(0)
     if rows and not (run_dir / "checkpoint.pt").exists():
         fail(f"{run_dir} has results and no checkpoint.pt to go on from: move it, or choose another --exp-name")
@@ -743,6 +742,8 @@ def main() -> int:
         high = 1 if name in ("gamma", "tau", "drop_fraction") else 0.999 if name.endswith("sparsity") else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
             fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda needs a GPU that torch sees: train with --no-cuda")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights and Biases: pip install wandb")
     if args.learning_starts >= args.total_timesteps:
@@ -758,11 +759,12 @@ def main() -> int:
         rb = ReplayBuffer(args, *dims, device)
     except RuntimeError as error:  # torch's allocator
         raise MemoryError(f"is --buffer-size {args.buffer_size} too large for {dims[0]} observations?") from error
-    print(*(f"{name:>8}: {sparsifier}" for name, sparsifier in agent.sparsifiers.items()), sep="\n")
+    for name, sparsifier in agent.sparsifiers.items():
+        say(f"{name:>8}: {sparsifier}")
     gib = sum(p.nbytes * (4 if p.requires_grad else 1) for p in agent.parameters()) / 2**30
-    print(f"{gib:.2f} GiB of weights, targets, gradients and moments, {rb.storage.nbytes / 2**30:.2f} of replay buffer")
+    say(f"{gib:.2f} GiB of weights, targets, gradients, moments; {rb.storage.nbytes / 2**30:.2f} GiB of replay buffer")
     limit = args.max_episode_steps or "100,000 (none is declared)"
-    print(f"limit of episodes: {limit} agent steps, discount factor {args.gamma:g}", flush=True)
+    say(f"limit of episodes: {limit} agent steps, discount factor {args.gamma:g}")
     if args.dry_run:
         return 0
     run_dir = open_run(args, {name: sparsifier.counts() for name, sparsifier in agent.sparsifiers.items()})
@@ -799,7 +801,7 @@ def main() -> int:
     writer = SummaryWriter(run_dir, purge_step=run.step)  # hides what a killed process logged after its checkpoint
     start, trained = time.monotonic() - run.wall_seconds, None  # step and time at which this process began to train
     saved = run.wall_seconds if run.step else -math.inf  # a run has a checkpoint before it has results
-    bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None)
+    bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None if sys.stderr else True)
     while True:
         run.wall_seconds, finished = time.monotonic() - start, run.step == args.total_timesteps
         if stop or run.wall_seconds - saved >= 60 * args.checkpoint_minutes:  # before what this step logs

@@ -1,4 +1,4 @@
-"""Shared by the tests of runs and errors: tiny runs as real processes, and the comparison of two run directories."""
+"""Shared by the tests of runs: tiny runs as real processes, and the comparison of two run directories."""
 
 import collections
 import contextlib
@@ -7,19 +7,18 @@ import importlib
 import itertools
 import multiprocessing
 import os
-import re
 import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine made these tests 70 times slower
 
@@ -27,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(os.environ.get("MST_ORACLES") or ROOT / "tests" / "oracles")
 SCRIPTS = ["mst_sac", "mst_ddpg", "mst_mrq", "mst_mrsac"]
 all_scripts = pytest.mark.parametrize("script", SCRIPTS)  # a test without it runs mst_mrq: `main` is the same in all
-# Evaluations at 0, 50, 100 and 130, checkpoints at 30, 60, 90 and 120, training from 40 on; an episode has 40 steps
+# Evaluations at 0, 50, 100 and 130, training from 40 on; an episode has 40 steps
 TINY = shlex.split(
     "--env cartpole-swingup --max-episode-steps 40 --no-cuda --width-scale 0.03 --total-timesteps 130 "
     "--learning-starts 40 --batch-size 16 --buffer-size 100 --eval-interval 50 --eval-episodes 2 "
-    "--checkpoint-interval 30 --log-interval 10 --topology-update-interval 20"
+    "--checkpoint-minutes 0.5 --log-interval 10 --topology-update-interval 20"
 )
 RUN = "runs/cartpole-swingup__{}__1"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -42,24 +41,22 @@ Ended = collections.namedtuple("Ended", "code out err")  # a negative code is th
 
 
 def arguments(script: str, flags: tuple[str, ...]) -> list[str]:
-    """Those of a tiny run and `flags`; --eval-only plays with those of the run."""
+    """Those of a tiny run and `flags`."""
     encoder = ["--target-network-frequency", "20"] if script in ("mst_mrq", "mst_mrsac") else []
-    return [*([] if "--eval-only" in flags else TINY + encoder), *flags]
+    return [*TINY, *encoder, *flags]
 
 
 def life(script: str, *flags: str, cwd: Path, **how) -> Ended:
     """Run the script's `main()` to its end, in a process forked from one that has imported torch already.
+
+    A loop of the training takes a second of its clock, an update to TensorBoard another: 30 make a checkpoint.
 
     at: ("Agent.update_encoder", 5, signal.SIGKILL), or several of them, sends the process (with a fourth entry "group":
         all of the run) this signal at the start of the 5th such call, or calls a function as it was called; 0: at each.
     largest_file: in bytes, a write beyond it fails as on a full disk.
     hook: a function of a test module, called with the script as module before its `main()`.
     """
-    return end(start(script, *flags, cwd=cwd, **how), cwd)
-
-
-def end(child, cwd: Path) -> Ended:
-    """Wait for the end of a process that `start()` started."""
+    child = start(script, *flags, cwd=cwd, **how)
     child.join(300)
     if child.exitcode is None:
         child.kill()
@@ -79,7 +76,8 @@ def _main(script: str, flags: tuple[str, ...], cwd: Path, at=(), largest_file=No
     os.chdir(cwd)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    module = importlib.import_module(script)
+    module, seconds = importlib.import_module(script), itertools.count()
+    module.time = types.SimpleNamespace(monotonic=lambda: float(next(seconds)))
     if hook:
         hook(module)
     for each in [at] if at and isinstance(at[0], str) else at:
@@ -170,8 +168,8 @@ def finished(reference, run_dir) -> Path:
 
 @pytest.fixture
 def interrupted(script, made_once, run_dir) -> Path:
-    """A copy of a run killed before its second checkpoint was written: it holds the first, at agent step 30."""
-    return shutil.copytree(made_once(script, ("torch.save", 2, signal.SIGKILL)), run_dir)
+    """A copy of a run killed when its third checkpoint was written but not renamed: it holds that of agent step 30."""
+    return shutil.copytree(made_once(script, ("Agent.optimize", 31, signal.SIGKILL)), run_dir)
 
 
 @pytest.fixture
@@ -195,29 +193,26 @@ def main(script, monkeypatch, tmp_path, capsys):
 
 
 def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
-    """The process ended with this exit code and one line on stderr that holds all `parts`."""
+    """The process ended with this exit code, and stderr is one line that holds all `parts`."""
     assert ended.code == code, ended
-    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
     for part in parts:
         assert part in ended.err
 
 
 def evaluations(run_dir: Path) -> list[list[str]]:
-    """`eval.csv` as text, without wall_seconds; [] before the first evaluation."""
+    """`eval.csv` as text, without wall_seconds."""
     path = run_dir / "eval.csv"
     return [line.split(",")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """All TensorBoard values of all event files by tag and step, without the speed. No value is there twice."""
-    values = {}
-    for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value") and value.tag != "charts/SPS":
-                    assert (value.tag, event.step) not in values, f"{value.tag} at step {event.step} is there twice"
-                    values[value.tag, event.step] = value.simple_value
-    return values
+    """`metrics.csv` by tag and step, without the speed. No value is there twice."""
+    rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()]
+    assert rows[0] == ["agent_step", "tag", "value"]
+    values = {(tag, int(step)): float(value) for step, tag, value in rows[1:]}
+    assert len(values) == len(rows) - 1
+    return {key: value for key, value in values.items() if key[0] != "charts/SPS"}
 
 
 def assert_same_agent(run_dir: Path, other: Path) -> None:
@@ -229,7 +224,7 @@ def assert_same_agent(run_dir: Path, other: Path) -> None:
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
-    """The same bits, wall-clock time aside: every evaluation and TensorBoard value once, weights and masks."""
+    """The same bits, wall-clock time aside: every evaluation and metric once, weights and masks."""
     assert evaluations(run_dir) == evaluations(other)
     assert scalars(run_dir) == scalars(other)
     assert_same_agent(run_dir, other)

@@ -153,10 +153,9 @@ def fill(capacity: int, horizon: int, episodes: int) -> ReplayBuffer:
     random, rb = np.random.default_rng(episodes), empty(capacity, horizon, obs_dim=2)
     for episode in range(episodes):
         length, terminates = random.integers(1, 3 * horizon), random.random() < 0.5
-        rb.start_episode(np.array([episode, 0], np.float32))
         for step in range(length):
-            next_obs = np.array([episode, step + 1], np.float32)
-            rb.add(np.array([step + 0.5], np.float32), step + 1, next_obs, terminates and step == length - 1)
+            obs, next_obs = (np.array([episode, x], np.float32) for x in (step, step + 1))
+            rb.add(obs, [step + 0.5], step + 1, next_obs, terminates and step == length - 1, first=step == 0)
     return rb
 
 
@@ -179,21 +178,17 @@ def test_windows_stay_in_one_episode_and_on_its_terminal_observation(capacity, h
 def test_the_last_starts_are_sampled_after_a_termination_and_never_after_a_truncation():
     for terminates, expected in ((True, [0, 1, 2, 3, 4, 5, 6]), (False, [0, 1, 2])):  # 7 steps, horizon 5
         rb = empty(100, 5)
-        rb.start_episode(ZERO)
-        for step in range(7):
-            rb.add(ZERO, 0.0, ZERO, terminates and step == 6)
-        rb.start_episode(ZERO)  # the next episode changes none of them
+        for step in range(8):  # the next episode changes none of them
+            rb.add(ZERO, ZERO, 0.0, ZERO, terminates and step == 6, first=step in (0, 7))
         assert rb.priority.nonzero()[:, 0].tolist() == expected
 
 
 def test_overwriting_a_slot_takes_its_start_and_termination_away():
     rb = empty(8, 2)
-    rb.start_episode(ZERO)
     for step in range(5):
-        rb.add(ZERO, 1.0, ZERO, step == 4)  # slots 0..5, terminates in slot 4
-    rb.start_episode(ZERO)  # slot 6
-    for _ in range(3):
-        rb.add(ZERO, 1.0, ZERO, False)  # slots 7, 0, 1
+        rb.add(ZERO, ZERO, 1.0, ZERO, step == 4, first=step == 0)  # slots 0..5, terminates in slot 4
+    for step in range(3):
+        rb.add(ZERO, ZERO, 1.0, ZERO, False, first=step == 0)  # slots 6, 7, 0, 1
     assert rb.priority.nonzero()[:, 0].tolist() == [2, 3, 4, 6, 7]
     assert rb.is_transition.nonzero()[:, 0].tolist() == [0, 2, 3, 4, 6, 7]
 
@@ -219,11 +214,10 @@ def test_small_priorities_beside_a_large_one_are_told_apart_and_no_index_is_past
 
 def test_a_new_start_gets_the_largest_priority_ever_given_and_at_least_1():
     rb = empty(100, 1)
-    rb.start_episode(ZERO)
-    for given in (0.5, 7.0, 3.0, 2.0):  # to slot 0
-        rb.add(ZERO, 0.0, ZERO, False)
+    for step, given in enumerate((0.5, 7.0, 3.0, 2.0)):  # to slot 0
+        rb.add(ZERO, ZERO, 0.0, ZERO, False, first=step == 0)
         rb.update_priority(torch.tensor([0]), torch.tensor([given]))
-    rb.add(ZERO, 0.0, ZERO, False)
+    rb.add(ZERO, ZERO, 0.0, ZERO, False, first=False)
     assert rb.priority[:6].tolist() == [2, 1, 7, 7, 7, 0]  # 7 stays the largest that was ever given
 
 
@@ -246,8 +240,7 @@ def test_a_loaded_buffer_draws_as_the_saved_one_and_both_keep_their_row_totals()
         assert loaded.sample(16).index.tolist() == index.tolist()
         for buffer in (rb, loaded):
             buffer.update_priority(index, torch.arange(1, 17) / 3)
-            buffer.add(ZERO, 0.0, np.zeros(2, np.float32), True)  # new starts get the largest priority
-            buffer.start_episode(np.zeros(2, np.float32))
+            buffer.add(np.zeros(2, np.float32), ZERO, 0.0, np.zeros(2, np.float32), True, first=True)
     torch.testing.assert_close(loaded.row_total, loaded.priority.view(3, 128).double().sum(1), rtol=1e-12, atol=0)
 
 
@@ -283,9 +276,8 @@ def test_targets_and_reward_scales_are_copied_together():
     assert not all(copied())
     for rewards, scales in (((1, -2, 3, 0, 4), (1, 2)), ((0, 0, 0, 0, 1), (2, 0.2))):  # mean |reward|; 1 before
         rb = empty(100, 5)
-        rb.start_episode(ZERO)
-        for reward in rewards:
-            rb.add(ZERO, reward, ZERO, False)
+        for step, reward in enumerate(rewards):
+            rb.add(ZERO, ZERO, reward, ZERO, False, first=step == 0)
         agent.update_targets(rb)
         assert all(copied())
         assert (agent.target_reward_scale.item(), agent.reward_scale.item()) == pytest.approx(scales)
