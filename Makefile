@@ -20,6 +20,7 @@ test-slurm: .venv/installed
 	.venv/bin/python -m pytest -s -rs tests/slurm_check.py
 
 .venv/installed: requirements.txt requirements-analysis.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: this needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet -r requirements-dev.txt

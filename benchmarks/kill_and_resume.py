@@ -1,14 +1,15 @@
-"""Kill a run with `kill -9` at random moments, and compare it bit for bit with an uninterrupted run.
+"""End a run at random moments, by `kill -9` and other signals, and compare it bit for bit with an undisturbed run.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py mst_mrq mst_sac --kills 10
+    OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py mst_mrq mst_sac --times 10
 
-Starts each script with the same arguments in two temporary folders: once uninterrupted, once killed after a random time
-and started again, until it was killed often enough, and then to its end. Prints every death and the verdict.
+Each script runs with the same arguments in two temporary folders: once undisturbed, once ended after a random time and
+started again, until that happened often enough, and then to its end. Signals go to the process or to its group.
 """
 
 import argparse
-import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,42 +22,50 @@ from conftest import SCRIPTS, assert_same_run, evaluations, scalars
 
 FLAGS = """
     --env cartpole-swingup --no-cuda --width-scale 0.0625 --batch-size 64 --total-timesteps 4000 --learning-starts 1000
-    --eval-interval 500 --eval-episodes 2 --checkpoint-interval 100 --buffer-size 5000 --topology-update-interval 100
+    --eval-interval 250 --eval-episodes 2 --checkpoint-minutes 0.02 --buffer-size 5000 --topology-update-interval 100
 """
+SIGNALS = ("SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
-def start(script: str, folder: Path) -> subprocess.Popen:
+def start(script: str, folder: str) -> subprocess.Popen:
     line = [sys.executable, ROOT / f"{script}.py", *FLAGS.split()]
-    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def kill_and_compare(script: str, kills: int, moments: random.Random, whole: str, killed: str) -> None:
-    begin, child = time.time(), start(script, whole)
-    child.stdout.readline()  # the table of networks
-    startup = time.time() - begin
+def end_and_compare(script: str, times: int, chance: random.Random, whole: str, ended: str) -> None:
+    begin, child = time.monotonic(), start(script, whole)
+    while "training from" not in child.stdout.readline():
+        pass
+    startup = time.monotonic() - begin
     child.communicate()
-    training = time.time() - begin - startup
-    print(f"{script} uninterrupted: {startup:.0f} s to start and {training:.0f} s", flush=True)
-    for kill in range(1, kills + 1):
-        child, alive = start(script, killed), moments.uniform(0, startup + training / kills)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.communicate(timeout=alive)
-            raise SystemExit(f"the run ended before kill {kill}: choose fewer --kills")
-        child.kill()
-        resumed = [line for line in child.communicate()[0].splitlines() if line.startswith("resuming")]
-        print(f"kill {kill:2} after {alive:5.1f} s, {resumed[0] if resumed else 'not resumed'}", flush=True)
-    start(script, killed).communicate()
-    (a,), (b,) = (list(Path(folder).glob("runs/*")) for folder in (whole, killed))
+    training = time.monotonic() - begin - startup
+    print(f"{script} undisturbed: {startup:.0f} s to start and {training:.0f} s", flush=True)
+    for i in range(1, times + 1):
+        child, alive = start(script, ended), startup + chance.uniform(-0.3, 1.5) * training / times
+        name, kill = chance.choice(SIGNALS), chance.choice((os.kill, os.killpg))
+        time.sleep(alive)
+        if child.poll() is not None:
+            raise SystemExit("the run was finished before: choose fewer --times")
+        kill(child.pid, getattr(signal, name))
+        begin, out = time.monotonic(), child.communicate()[0]
+        seconds, trained = time.monotonic() - begin, "training from" in out
+        assert child.returncode in ((75,) if trained and name != "SIGKILL" else (75, -getattr(signal, name), 1)), out
+        print(
+            f"{i:2} {name:>7} {kill.__name__:>6} after {alive:5.1f} s: {child.returncode} in {seconds:.1f} s",
+            flush=True,
+        )
+    start(script, ended).communicate()
+    (a,), (b,) = (list(Path(folder).glob("runs/*")) for folder in (whole, ended))
     assert_same_run(a, b)
-    print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} TensorBoard values, agent.pt")
+    print(f"bit-identical: {len(evaluations(a)) - 1} evaluations, {len(scalars(a))} metrics, agent.pt", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scripts", nargs="*", default=SCRIPTS, help="all, if none is named")
-    parser.add_argument("--kills", type=int, default=10, help="how often each run is killed")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--times", type=int, default=10, help="how often each run is ended")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and signals")
     flags = parser.parse_args()
     for script in flags.scripts:
-        with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as killed:
-            kill_and_compare(script, flags.kills, random.Random(flags.seed), whole, killed)
+        with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as ended:
+            end_and_compare(script, flags.times, random.Random(flags.seed), whole, ended)
