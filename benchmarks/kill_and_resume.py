@@ -41,7 +41,7 @@ def end_and_compare(script: str, times: int, chance: random.Random, whole: str, 
     training = time.monotonic() - begin - startup
     print(f"{script} undisturbed: {startup:.0f} s to start and {training:.0f} s", flush=True)
     for i in range(1, times + 1):
-        child, alive = start(script, ended), startup + chance.uniform(-0.3, 1.5) * training / times
+        child, alive = start(script, ended), startup + chance.uniform(-0.3, 1) * training / times
         name, kill = chance.choice(SIGNALS), chance.choice((os.kill, os.killpg))
         time.sleep(alive)
         if child.poll() is not None:
