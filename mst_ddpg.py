@@ -56,8 +56,8 @@ class Args:
     # Environment and evaluation. A step is an agent step: one action of the policy
     env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "humanoid-run"  # dm_control task or Gymnasium id
     action_repeat: int | None = None  # environment steps per agent step; None: 2 on DeepMind Control, else 1
-    max_episode_steps: int | None = None  # truncates episodes; None: the limit that the environment declares
-    total_timesteps: int = 500_000  # agent steps of the whole run; the schedules of eqs. 1 and 2 run over them
+    max_episode_steps: int | None = None  # agent steps until an episode is truncated; None: the environment's limit
+    total_timesteps: int = 500_000  # agent steps of the whole run, over which drop fraction and sparsity change
     eval_interval: int = 5_000  # agent steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation, without noise, in environments of their own
     log_interval: int = 100  # agent steps between writes of the losses to TensorBoard
@@ -66,7 +66,7 @@ class Args:
     # Algorithm
     buffer_size: int = 1_000_000  # capacity of the replay buffer in time steps
     gamma: float | None = None  # discount factor; None: 1 - 5 / max_episode_steps, within 0.95 and 0.995
-    tau: float = 0.005  # share of the critic in every update of its target
+    tau: float = 0.005  # how far each update moves the target critic towards the critic (1: all the way)
     batch_size: int = 256  # batch size of every update
     learning_starts: int = 5_000  # agent steps of uniformly random actions before training starts
     updates_per_step: int = 2  # updates of every module per agent step, each on its own batch
@@ -74,7 +74,7 @@ class Args:
     critic_lr: float = 1e-4  # learning rate of the critic
     actor_lr: float = 1e-4  # learning rate of the actor
     weight_decay: float = 1e-2  # weight decay of critic and actor (AdamW)
-    exploration_noise: float = 0.1  # standard deviation on executed actions and on those of both losses
+    exploration_noise: float = 0.1  # standard deviation of the noise on executed actions and on those in both losses
 
     # Networks (SimBa). Scales multiply `hidden_dim` and the number of blocks: 2 of the critic, 1 of the actor
     hidden_dim: int = 512  # width of the critic at scale 1; the actor has a quarter of it
@@ -89,12 +89,12 @@ class Args:
     actor_regime: Regime = "sst"  # training regime of the actor
     critic_sparsity: float = 0.8  # share of zeros in the critic's weights (s2d starts from it, d2s ends at it)
     actor_sparsity: float = 0.8  # share of zeros in the actor's weights
-    distribution: Literal["er", "uniform"] = "er"  # of the zeros over the layers of a module
+    distribution: Literal["er", "uniform"] = "er"  # how a module's layers share its zeros; er leaves small ones denser
     growth: Literal["rigl", "set"] = "rigl"  # connections grow where the gradient is largest (rigl) or at random (set)
     topology_update_interval: int = 1000  # a module's updates between changes of its topology
     drop_fraction: float = 0.5  # share of the connections replaced at the first change, decays to 0 (eq. 1)
-    schedule_start: float | None = None  # of eq. 2, as a share of training; None: 0.2 for d2s, 0 for s2d
-    schedule_end: float | None = None  # of eq. 2, as a share of training; None: 0.8 for d2s, 1 for s2d
+    schedule_start: float | None = None  # share of training after which sparsity changes; None: 0.2 for d2s, 0 for s2d
+    schedule_end: float | None = None  # share of training after which it stays as it is; None: 0.8 for d2s, 1 for s2d
 
 
 # NETWORKS (SimBa)

@@ -58,8 +58,8 @@ class Args:
     # Environment and evaluation. A step is an agent step: one action of the policy
     env_id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "dog-run"  # dm_control task or Gymnasium id
     action_repeat: int | None = None  # environment steps per agent step; None: 2 on DeepMind Control, else 1
-    max_episode_steps: int | None = None  # truncates episodes; None: the limit that the environment declares
-    total_timesteps: int = 500_000  # agent steps of the whole run; the schedules of eqs. 1 and 2 run over them
+    max_episode_steps: int | None = None  # agent steps until an episode is truncated; None: the environment's limit
+    total_timesteps: int = 500_000  # agent steps of the whole run, over which drop fraction and sparsity change
     eval_interval: int = 5_000  # agent steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation, without noise, in environments of their own
     log_interval: int = 100  # agent steps between writes of the losses to TensorBoard
@@ -78,7 +78,7 @@ class Args:
     max_grad_norm: float = 20.0  # largest norm of the critic's gradient (clipped after masking)
     temperature_lr: float = 1e-4  # learning rate of the temperature
     initial_temperature: float = 0.01  # temperature at the start, in units of the scaled reward
-    target_entropy: float | None = None  # entropy that the temperature is learned for; None: -0.5 per action dimension
+    target_entropy: float | None = None  # entropy that the temperature steers to; None: -0.5 per action dimension
     encoder_horizon: int = 5  # steps that the encoder is unrolled for
     q_horizon: int = 3  # steps of the n-step return
 
@@ -102,12 +102,12 @@ class Args:
     encoder_sparsity: float = 0.6  # share of zeros in the encoder's weights (s2d starts from it, d2s ends at it)
     critic_sparsity: float = 0.6  # share of zeros in the critic's weights
     actor_sparsity: float = 0.6  # share of zeros in the actor's weights
-    distribution: Literal["er", "uniform"] = "er"  # of the zeros over the layers of a module
+    distribution: Literal["er", "uniform"] = "er"  # how a module's layers share its zeros; er leaves small ones denser
     growth: Literal["rigl", "set"] = "rigl"  # connections grow where the gradient is largest (rigl) or at random (set)
     topology_update_interval: int = 1000  # a module's updates between changes of its topology
     drop_fraction: float = 0.5  # share of the connections replaced at the first change, decays to 0 (eq. 1)
-    schedule_start: float | None = None  # of eq. 2, as a share of training; None: 0.2 for d2s, 0 for s2d
-    schedule_end: float | None = None  # of eq. 2, as a share of training; None: 0.8 for d2s, 1 for s2d
+    schedule_start: float | None = None  # share of training after which sparsity changes; None: 0.2 for d2s, 0 for s2d
+    schedule_end: float | None = None  # share of training after which it stays as it is; None: 0.8 for d2s, 1 for s2d
 
 
 # NETWORKS (Appendix C)
