@@ -531,7 +531,7 @@ def main() -> int:
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
     stop: list[int] = []  # the signals that came: the run stops after the current step, or at once at a second Ctrl-C
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+        if (each, signal.getsignal(each)) != (signal.SIGHUP, signal.SIG_IGN):  # ignored under nohup
             signal.signal(each, lambda x, _: (stop.append(x), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     run = SimpleNamespace(step=0, episode=0, actions=[], obs=[], wall_seconds=0.0, losses={}, scalars={})
     run.eval_csv = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
