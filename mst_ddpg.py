@@ -257,8 +257,9 @@ class Agent(nn.Module):
                 total_updates=max(args.updates_per_step * training_steps, 1), seed=len(MODULES) * args.seed + i,
             )  # fmt: skip
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        for name in MODULES if args.compile else ():
-            setattr(self, f"{name}_loss", torch.compile(getattr(self, f"{name}_loss"), dynamic=False))
+        if args.compile:
+            for name in MODULES:
+                setattr(self, f"{name}_loss", torch.compile(getattr(self, f"{name}_loss"), dynamic=False))
         if args.cuda_graphs and args.cuda:
             sparsifiers = self.sparsifiers.values()
             self.update_critic_and_actor = graphed(self.update_critic_and_actor, self, sparsifiers, self.generator)
@@ -393,12 +394,12 @@ class DMControl(gym.Env):
 
 
 def flat(space: gym.Space, obs) -> np.ndarray:
-    """An observation as a float32 vector, with NaN where it is not of its space. Rounding may leave a Box."""
+    """An observation as a float32 vector, NaN if it is not of its space. The bounds of Boxes are not looked at."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flat(part, obs.get(key)) for key, part in space.items()])
-    if np.shape(obs) == space.shape if isinstance(space, gym.spaces.Box) else space.contains(obs):
-        return gym.spaces.flatten(space, obs).astype(np.float32)
-    return np.float32([np.nan])
+    if isinstance(space, gym.spaces.Box) and np.shape(obs) == space.shape:
+        return np.asarray(obs, np.float32).ravel()
+    return np.float32(gym.spaces.flatten(space, obs) if space.contains(obs) else [np.nan])
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
@@ -418,15 +419,19 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         fail(f"{args.env_id} has observations {space}: agents need a fixed number of them")
     limits = [x for x in (args.max_episode_steps, limit and math.ceil(limit / repeat)) if x]  # in agent steps
     args.action_repeat, args.max_episode_steps = repeat, min(limits, default=None)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # rounding may leave it
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     env = gym.wrappers.TimeLimit(env, repeat * (args.max_episode_steps or 100_000))
-    env = episode = gym.wrappers.RecordEpisodeStatistics(env)
+    env = episode = gym.wrappers.RecordEpisodeStatistics(env, stats_key="mst")
 
     def vector(obs) -> np.ndarray:
         if np.isfinite(flat_obs := flat(space, obs)).all():
             return flat_obs
-        given = " ".join(f"{obs} is not finite or not of {space}".split())
-        sys.exit(f"error: the observation of {args.env_id} at step {episode.episode_lengths} of an episode: {given}")
+        given = " ".join(f"{obs}".split())
+        sys.exit(
+            f"error: the observation of {args.env_id} at step {episode.episode_lengths} of an episode is not finite "
+            f"or not of its space: {given:.300}"
+        )
 
     env = gym.wrappers.TransformObservation(env, vector, gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),)))
     return gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1, 1), repeat)
@@ -437,14 +442,17 @@ def episode_seeds(*key: int, count: int = 1) -> list[int]:
     return np.random.SeedSequence(key).generate_state(count).tolist()
 
 
-def evaluate(agent: Agent, envs: gym.vector.VectorEnv, seeds: list[int], stop: list | tuple = ()) -> np.ndarray:
+def evaluate(agent: Agent, envs: list[gym.Env], seeds: list[int], stop: list | tuple = ()) -> np.ndarray:
     """The returns of an episode with each seed, without noise. Ends at once where `stop` is filled."""
-    returns, running = np.zeros(len(seeds)), np.ones(len(seeds), bool)
-    obs, _ = envs.reset(seed=seeds)
-    while running.any() and not stop:
-        obs, reward, terminated, truncated, _ = envs.step(agent.act(obs))
-        returns += np.where(running, reward, 0)  # what has ended goes on with an episode that does not count
-        running &= ~(terminated | truncated)
+    returns, running = np.zeros(len(seeds)), list(range(len(seeds)))
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    while running and not stop:
+        actions = agent.act(obs)  # of all: the size of a batch must not change a result
+        for i in list(running):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            if terminated or truncated:
+                running.remove(i)
     return returns
 
 
@@ -469,6 +477,7 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
         changed = [f"{x} {was[x]} -> {now.get(x)}" for x in was if was[x] != now.get(x) and x not in may_change]
         rows = eval_csv.read_text().split() if eval_csv.exists() else []
         run_dir.mkdir(parents=True, exist_ok=True)
+        files = {path.name for path in run_dir.iterdir()}
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{run_dir} cannot be used ({error!r}): mend it, or choose another --runs-dir or --exp-name")
     if changed:
@@ -476,8 +485,11 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
     if rows and rows[-1].startswith(f"{args.total_timesteps},"):
         say(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
         sys.exit(0)
-    if rows and not (run_dir / "checkpoint.pt").exists():
-        fail(f"{run_dir} has results and no checkpoint.pt to go on from: move it, or choose another --exp-name")
+    if files & {"eval.csv", "metrics.csv", "agent.pt", "checkpoint.pt"} and not files >= {
+        "config.json",
+        "checkpoint.pt",
+    }:
+        fail(f"{run_dir} has results and no checkpoint.pt with its config.json to go on from: move it away")
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -498,15 +510,16 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     for name, value in vars(args).items():
         low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
-        high = 1 if name in ("gamma", "tau", "drop_fraction") else 0.999 if name.endswith("sparsity") else math.inf
+        shares = ("gamma", "tau", "drop_fraction", "schedule_start", "schedule_end")
+        high = 1 if name in shares else 0.999 if name.endswith("sparsity") else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
             fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a GPU that torch sees: train with --no-cuda")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights and Biases: pip install wandb")
-    if args.learning_starts >= args.total_timesteps:
-        print("warning: nothing will be trained: --learning-starts is not below --total-timesteps", file=sys.stderr)
+    if args.learning_starts > args.total_timesteps:
+        print("warning: nothing will be trained: --learning-starts is beyond --total-timesteps", file=sys.stderr)
     torch.set_flush_denormal(True)  # AdamW is 15 times as slow on a CPU where moments of dead units decay to them
     if args.cuda:
         torch.set_float32_matmul_precision("high")  # TF32 products
@@ -528,7 +541,7 @@ def main() -> int:
         return 0
     run_dir = open_run(args, {name: sparsifier.counts() for name, sparsifier in agent.sparsifiers.items()})
     checkpoint_pt = run_dir / "checkpoint.pt"
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
+    envs = [make_env(args) for _ in range(args.eval_episodes)]
     stop: list[int] = []  # the signals that came: the run stops after the current step, or at once at a second Ctrl-C
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if (each, signal.getsignal(each)) != (signal.SIGHUP, signal.SIG_IGN):  # ignored under nohup
@@ -540,7 +553,10 @@ def main() -> int:
     generators = [torch.default_generator, *torch.cuda.default_generators, agent.generator, rb.generator, exploration]
     parts = [agent, rb, *agent.optimizers.values(), *agent.sparsifiers.values()]
     if checkpoint_pt.exists():
-        checkpoint = torch.load(checkpoint_pt, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(checkpoint_pt, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch, zip and pickle have many ways to say that a file is broken
+            fail(f"{checkpoint_pt} cannot be read ({error!r:.100}): restore a copy, or delete {run_dir}")
         for part, state in zip(parts, checkpoint["parts"], strict=True):
             part.load_state_dict(state)
         for generator, state in zip(generators, checkpoint["generators"], strict=True):
@@ -554,6 +570,7 @@ def main() -> int:
     if run.actions and obs.tolist() != run.obs:  # it depends on more than that, as BipedalWalker-v3 does
         print(f"warning: {args.env_id} cannot be restored exactly: its running episode ends here", file=sys.stderr)
         run.episode, run.actions = run.episode + 1, []
+        obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
@@ -561,7 +578,7 @@ def main() -> int:
     start, trained = time.monotonic() - run.wall_seconds, None  # step and time at which this process began to train
     saved = run.wall_seconds if run.step else -math.inf  # a run has a checkpoint before it has results
     bar = tqdm(total=args.total_timesteps, initial=run.step, unit="step", disable=None if sys.stderr else True)
-    while True:
+    while True:  # save, evaluate and log the state after `run.step`, then act and train
         run.wall_seconds, finished = time.monotonic() - start, run.step == args.total_timesteps
         if stop or run.wall_seconds - saved >= 60 * args.checkpoint_minutes:  # before what this step logs
             writer.flush()
@@ -570,8 +587,7 @@ def main() -> int:
             write(checkpoint_pt, state)
             saved = run.wall_seconds
         if stop:
-            say(f"stopped at agent step {run.step:,}; start the same command again to go on")
-            return 75  # EX_TEMPFAIL
+            break
         evaluated = finished or run.step % args.eval_interval == 0
         if evaluated:
             returns = evaluate(agent, envs, episode_seeds(args.seed, 1, run.step, count=args.eval_episodes), stop)
@@ -593,18 +609,19 @@ def main() -> int:
             if finished:
                 break
             write(run_dir / "eval.csv", run.eval_csv)
-        if not run.actions:
-            obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
         action = agent.explore(obs, run.step < args.learning_starts, exploration)
+        if not np.isfinite(action).all():
+            sys.exit(f"error: the actor's action at agent step {run.step} is {action}; a lower learning rate may help")
         next_obs, reward, terminated, truncated, info = env.step(action)
         if not math.isfinite(reward):
             sys.exit(f"error: {args.env_id} gave the reward {reward} at agent step {run.step}")
-        rb.add(obs, action, reward, next_obs, terminated, first=not run.actions)
+        rb.add(obs, action, reward, next_obs, bool(terminated), first=not run.actions)
         run.step, run.scalars, obs = run.step + 1, {}, next_obs
         run.actions.append(action.tolist())
         if terminated or truncated:
-            run.scalars |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": len(run.actions)}
+            run.scalars |= {"charts/episodic_return": info["mst"]["r"], "charts/episodic_length": len(run.actions)}
             run.episode, run.actions = run.episode + 1, []
+            obs, _ = env.reset(seed=episode_seeds(args.seed, 0, run.episode)[0])
         if run.step >= args.learning_starts:
             trained = trained or (run.step - 1, time.monotonic())
             agent.train()
@@ -617,6 +634,11 @@ def main() -> int:
                     sys.exit(f"error: not finite at agent step {run.step} (lower the learning rate?): {run.scalars}")
         bar.update()
     writer.close()
+    for each in (env, *envs):
+        each.close()
+    if stop:
+        say(f"stopped at agent step {run.step:,}; start the same command again to go on")
+        return 75  # EX_TEMPFAIL
     weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}
     masks = {name: sparsifier.masks for name, sparsifier in agent.sparsifiers.items()}
     write(run_dir / "agent.pt", {"args": asdict(args), "step": run.step, "agent": weights, "masks": masks})
