@@ -41,9 +41,8 @@ def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: floa
     """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
 
     The dimensions are those of the weight, a convolution's kernel included. eps is such that the layers hold as many
-    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size), for a sparsity in [0, 1). While the
-    largest density would pass 1, every layer at that maximum becomes dense and eps is solved again for the others.
-    Source: SET, RigL, sec. B.1.1.
+    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size). While the largest density would pass
+    1, every layer at that maximum becomes dense and eps is solved again for the others. Source: the code of SET, RigL.
     """
     _check_sparsity(sparsity)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -70,10 +69,7 @@ DISTRIBUTIONS = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}
 
 
 def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: float = 0.0) -> float:
-    """Fraction zeta of the active connections that a topology update replaces: cosine decay, eq. 1.
-
-    `final` after `total_steps`. Raises ValueError if `total_steps` is not positive.
-    """
+    """Eq. 1: zeta, the share of active connections that a topology update replaces. `final` after `total_steps`."""
     if total_steps <= 0:
         raise ValueError(f"total_steps is {total_steps}: write the planned number of steps, at least 1")
     return final + 0.5 * (initial - final) * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
@@ -82,10 +78,7 @@ def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: floa
 def scheduled_sparsity(
     step: float, initial: float, final: float, start: float, end: float, power: float = 2.0
 ) -> float:
-    """Sparsity at `step`: `initial` up to `start`, `final` from `end` on, polynomial of `power` between. Eq. 2.
-
-    Raises ValueError if `end` <= `start`.
-    """
+    """Eq. 2: the sparsity at `step`. `initial` up to `start`, `final` from `end` on, a polynomial between."""
     if end <= start:
         raise ValueError(f"the schedule ends at {end}, not after its start at {start}: write an end > start")
     if step <= start:
@@ -130,24 +123,18 @@ GROWTHS = {"rigl": grow_by_gradient, "set": grow_at_random}  # a further rule: o
 
 @torch.no_grad()
 def prune_and_grow(
-    weight: Tensor,
-    mask: Tensor,
-    dense_grad: Tensor | None,
-    n_drop: int,
-    n_grow: int,
-    growth: str = "rigl",
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, mask: Tensor, dense_grad: Tensor | None, n_drop: int, n_grow: int,
+    growth: str = "rigl", generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One topology update of one layer: drop the smallest weights, then grow connections. Changes nothing in place.
 
-    Drops the `n_drop` active weights of smallest magnitude, in [0, active connections]; equal ones: the lowest index
-    first. Then grows `n_grow` of those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl"
-    (algorithm 1) by `dense_grad`, the gradient of the unmasked weight, or "set" with the random `generator`. `weight`,
-    the boolean `mask` (True where active) and `dense_grad` have the same shape.
+    Drops the `n_drop` active weights of smallest magnitude; equal ones: the lowest index first. Then grows `n_grow` of
+    those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl" (algorithm 1) by `dense_grad`,
+    the gradient of the unmasked weight, or "set" with the random `generator`. `weight`, the boolean `mask` (True where
+    active) and `dense_grad` have the same shape.
 
-    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: a dropped and
-    regrown connection is not in it. Raises ValueError for an unknown growth, unequal shapes, counts out of range, NaN
-    in the scores, or if the rule lacks what it reads.
+    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: nothing that
+    was dropped and regrown. Raises ValueError for unequal shapes, counts out of range and NaN in the scores.
     """
     _choice("growth", growth, GROWTHS)
     n_active = int(mask.count_nonzero())
@@ -162,16 +149,14 @@ def prune_and_grow(
 
 
 def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first.
-
-    The k-th lowest score and a pass over its ties, in a third of the time of a stable sort with the same result.
-    """
+    """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first."""
     chosen = torch.zeros_like(candidates)
     if k == 0:
         return chosen
     values = scores[candidates]  # in index order
     if values.isnan().any():
         raise ValueError("NaN in the weights or gradients to rank: skip step() when the loss is not finite")
+    # The k-th lowest score and a pass over its ties, in a third of the time of a stable sort with the same result
     threshold = values.topk(k, largest=False, sorted=False).values.amax()
     lowest = values < threshold
     ties = (values == threshold).nonzero().squeeze(1)
@@ -198,28 +183,25 @@ class Sparsifier:
             reparametrized (`torch.nn.utils.parametrizations`), frozen and empty weights and all else stay dense.
         optimizer: any element-wise one of torch that holds these weights. What of its state has the shape of a weight
             (moments, momentum) is set to 0 where a connection is dropped or grown.
-        sparsity: share of zeros in [0, 1), over the masked weights together.
-        distribution: "er" or "uniform", how the layers share `sparsity`.
+        sparsity: share of zeros in [0, 1), over the masked weights together. `distribution`, "er" or "uniform", says
+            how the layers share it.
         growth: "rigl" (largest gradient) or "set" (random).
-        update_interval: steps between topology updates.
+        update_interval: steps between topology updates. total_updates: planned number of `step()` calls.
         drop_fraction, final_drop_fraction: zeta of eq. 1 at the start and after `total_updates`, in [0, 1].
-        total_updates: planned number of `step()` calls; the schedules are relative to it.
         seed: of masks and random growth, on any device. Modules of the same shapes get the same masks from one seed.
         include: names of further parameters, or ends of names: "in_proj_weight" is that of every attention.
-        exclude: names of submodules that stay dense.
+        exclude: full names of submodules that stay dense.
         schedule_start, schedule_end: window of eq. 2 as fractions of `total_updates`, for "d2s" (default 0.2 to 0.8,
-            Obando-Ceron et al. 2024) and "s2d" (default 0 to 1).
-        power: lambda of eq. 2.
+            Obando-Ceron et al. 2024) and "s2d" (default 0 to 1). power: its lambda.
 
     Attributes:
-        masks: boolean tensors by parameter name (that without wrappers), True where active; empty for "dense".
+        masks: boolean tensors by parameter name, True where active; empty for "dense". Names are those of the module
+            inside `torch.compile`, DataParallel, DDP or AveragedModel.
         optimizer: as above. Assign the new one wherever it is made anew.
-        updates: the clock, number of steps so far.
-        topology_updates: number of topology updates so far.
-        replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
-            do not count), as a share of all active after it; 0.0 before the first.
+        updates: the clock, number of steps so far. topology_updates: how many of them changed the topology.
+        replaced: connections that the last topology update made active, of all active after it; 0.0 before the first.
 
-    Raises ValueError for arguments out of range and for a weight that has a Sparsifier already.
+    Raises ValueError for arguments out of range, a weight that has a Sparsifier already, a DTensor and its like.
     """
 
     SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
@@ -229,26 +211,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        regime: str = "dst",
-        sparsity: float = 0.6,
-        *,
-        distribution: str = "er",
-        growth: str = "rigl",
-        update_interval: int = 1000,
-        drop_fraction: float = 0.5,
-        final_drop_fraction: float = 0.0,
-        total_updates: int,
-        seed: int = 0,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        schedule_start: float | None = None,
-        schedule_end: float | None = None,
-        power: float = 2.0,
-    ):
-        start, end = (0.2, 0.8) if regime == "d2s" else (0.0, 1.0)
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, regime: str = "dst", sparsity: float = 0.6, *,
+        distribution: str = "er", growth: str = "rigl", update_interval: int = 1000, total_updates: int,
+        drop_fraction: float = 0.5, final_drop_fraction: float = 0.0, seed: int = 0,
+        include: Sequence[str] = (), exclude: Sequence[str] = (),
+        schedule_start: float | None = None, schedule_end: float | None = None, power: float = 2.0,
+    ):  # fmt: skip
         self.regime = _choice("regime", regime, REGIMES)
         self.distribution = _choice("distribution", distribution, DISTRIBUTIONS)
         self.growth = _choice("growth", growth, GROWTHS)
@@ -256,19 +224,17 @@ class Sparsifier:
         self.total_updates = _whole_number("total_updates", total_updates)
         self.target_sparsity, self.power = float(sparsity), float(power)
         self.initial_drop_fraction, self.final_drop_fraction = float(drop_fraction), float(final_drop_fraction)
-        self.schedule_start = float(start if schedule_start is None else schedule_start)
-        self.schedule_end = float(end if schedule_end is None else schedule_end)
+        start, end = (0.2, 0.8) if self.regime == "d2s" else (0.0, 1.0)
+        start = self.schedule_start = float(start if schedule_start is None else schedule_start)
+        end = self.schedule_end = float(end if schedule_end is None else schedule_end)
         _check_sparsity(self.target_sparsity)
         if not (0 <= drop_fraction <= 1 and 0 <= final_drop_fraction <= 1):
             raise ValueError(f"drop fractions {drop_fraction} and {final_drop_fraction}: write numbers in [0, 1]")
         if not power > 0:
             raise ValueError(f"power={power}: write a positive number (the paper's lambda is 2)")
-        if not 0 <= self.schedule_start < self.schedule_end <= 1:
-            window = f"{self.schedule_start} to {self.schedule_end}"
-            raise ValueError(f"schedule window {window}: write 0 <= schedule_start < schedule_end <= 1")
-
-        self.updates = self.topology_updates = 0
-        self.replaced = 0.0
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"schedule window {start} to {end}: write 0 <= schedule_start < schedule_end <= 1")
+        self.updates, self.topology_updates, self.replaced = 0, 0, 0.0
         self.pending = False  # a topology update waits for finite gradients
         self.checked = False  # the weights, since the masks changed or a state was loaded
         self.generator = torch.Generator().manual_seed(operator.index(seed))
@@ -283,9 +249,11 @@ class Sparsifier:
         taken = [name for name, weight in self.weights.items() if id(weight) in self._of_weight]
         if taken:
             raise ValueError(f"another Sparsifier masks {taken}: exclude them here, or delete that one first")
-        for name in self.weights:
-            _check_ordinary(name, *self._tensors(name))
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        for name, shape in shapes.items():
+            _check_ordinary(name, *self._tensors(name))
+            if len(shape) == 1:
+                raise ValueError(f"{name} is flat, like a bias or a shard of FSDP: mask none of these, and use DDP")
         self.layer_sparsities = DISTRIBUTIONS[self.distribution](shapes, self.target_sparsity)
         for name, weight in self.weights.items():
             mask = random_mask(shapes[name], self._layer_sparsity(name), self.generator)
@@ -310,14 +278,12 @@ class Sparsifier:
     @property
     def topology_update_due(self) -> bool:
         """Whether the next `step()` updates the topology, if the gradients are finite."""
-        due = self.pending or (self.updates + 1) % self.update_interval == 0
-        return due and self.regime in ("dst", "s2d", "d2s")
+        return self.regime in ("dst", "s2d", "d2s") and (self.pending or (self.updates + 1) % self.update_interval == 0)
 
     @property
     def check_due(self) -> bool:
         """Whether the next `step()` checks the weights. No other reads from the device or changes the topology."""
-        due = not self.checked or (self.updates + 1) % self.update_interval == 0
-        return due and self.regime != "dense"
+        return self.regime != "dense" and (not self.checked or (self.updates + 1) % self.update_interval == 0)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -325,11 +291,11 @@ class Sparsifier:
 
         Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
         update reads the gradients as they are: they must come from this module's own loss alone. It waits for the next
-        step with finite gradients in the whole optimizer. If there are none for the growth rule: ValueError.
+        step with finite gradients in the whole optimizer. It leaves a layer alone whose gradient is None or all 0.
 
         At the first step, at multiples of `update_interval` and at the step after a topology update it checks the
         weights: ValueError, before anything changes, if one is not 0 outside its mask, is not finite, has left the
-        module, or is no ordinary tensor with an ordinary gradient. Other steps do no host sync.
+        module, or if it or its gradient is no ordinary dense tensor. Other steps do no host sync.
         """
         due = self.topology_update_due
         if self.check_due and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
@@ -381,8 +347,7 @@ class Sparsifier:
 
     def coverage(self) -> float:
         """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
-        size = sum(mask.numel() for mask in self.masks.values())
-        return size / sum(parameter.numel() for parameter in self.module.parameters())
+        return sum(mask.numel() for mask in self.masks.values()) / sum(p.numel() for p in self.module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
@@ -426,16 +391,15 @@ class Sparsifier:
 
     def _check(self) -> bool:
         """Whether the optimizer's gradients are finite, and if so, ValueError if a weight is not what it must be."""
-        for name, weight in self.weights.items():
-            _check_ordinary(name, weight.grad, *self._tensors(name))
+        for name in self.masks:
+            _check_ordinary(name, self.weights[name].grad, *self._tensors(name))
         grads = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
         if not all(grad.isfinite().all() for grad in grads if grad is not None and not grad.is_sparse):
             return False
         parameters = dict(self.module.named_parameters())
-        in_module = {id(parameter) for parameter in parameters.values()}
         for name, mask in self.masks.items():
             weight = self.weights[name]
-            if id(weight) not in in_module:
+            if not any(weight is parameter for parameter in parameters.values()):
                 _check_ordinary(name, parameters.get(name))
                 raise ValueError(f"{name} has left the module: build a new Sparsifier where a layer is replaced")
             if not weight.isfinite().all():
@@ -445,7 +409,7 @@ class Sparsifier:
                 raise ValueError(
                     f"{name}: {moved} weights outside the mask are not 0: call apply_to(module) after resetting layers "
                     "or loading weights, assign sparsifier.optimizer where it is made anew, use an element-wise one "
-                    "with its moments in optimizer.state and 0 for zero"
+                    "with its moments in its state and 0 for zero (unlike ZeRO's and 8-bit ones)"
                 )
         return True
 
@@ -456,14 +420,14 @@ class Sparsifier:
         grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
         trained = [name for name, grad in grads.items() if grad.any()]
         if not trained and (self.growth == "set" or not grads):
-            trained = list(self.masks)  # SET needs no gradient; a rule that does says that there is none
+            trained = list(self.masks)  # SET needs no gradient at all, and RigL's error says that there is none
         n_new = 0
         for name, mask in self.masks.items():
             weight = self.weights[name]
             active = int(mask.count_nonzero())
             target = weight.numel() - math.floor(self._layer_sparsity(name) * weight.numel())
-            if active == target == weight.numel() or name not in trained:
-                continue  # dense before and after: all that is dropped would regrow; or not trained
+            if name not in trained or active == target == weight.numel():
+                continue  # dense before and after: all that is dropped would regrow
             k = min(math.floor(zeta * active), target)  # a layer cannot regrow more than it will hold
             n_drop, n_grow = k + max(active - target, 0), k + max(target - active, 0)
             scores = (weight, mask, weight.grad)
@@ -471,25 +435,21 @@ class Sparsifier:
             self._clear(name, keep=mask & new_mask)  # a newly grown weight starts at 0, without moments
             mask.copy_(new_mask)
             n_new += int(newly_grown.count_nonzero())
-        self.checked = False  # an optimizer with its state elsewhere goes on moving what was dropped
+        self.checked = False  # an optimizer that keeps its state elsewhere goes on moving what was dropped
         self.topology_updates += 1
         self.replaced = n_new / sum(int(mask.count_nonzero()) for mask in self.masks.values())
 
     def _zeros(self) -> int:
         """Weights outside the masks that are in fact 0, in the module as it is now."""
-        now = dict(self.module.named_parameters())
-        found = [
-            (now[name], mask) for name, mask in self.masks.items() if name in now and now[name].shape == mask.shape
-        ]
-        return sum(int(((weight == 0) & ~mask).count_nonzero()) for weight, mask in found)
+        weights = self.weights | dict(self.module.named_parameters())
+        return sum(int(((weights[name] == 0) & ~mask).count_nonzero()) for name, mask in self.masks.items())
 
     def _tensors(self, name: str) -> list[Tensor]:
         """A weight and what of its optimizer state has its shape (moments, momentum), but not Rprop's step sizes."""
         weight = self.weights[name]
-        state = [
-            x for key, x in self.optimizer.state.get(weight, {}).items() if torch.is_tensor(x) and key != "step_size"
-        ]
-        return [weight, *(x for x in state if x.shape == weight.shape)]
+        state = self.optimizer.state.get(weight, {})
+        moments = [x for key, x in state.items() if torch.is_tensor(x) and key != "step_size"]
+        return [weight, *(x for x in moments if x.shape == weight.shape)]
 
     def _clear(self, name: str, keep: Tensor) -> None:
         """Set a weight and its optimizer state to 0 outside `keep`."""
@@ -509,8 +469,9 @@ def _mask_(tensor: Tensor, mask: Tensor) -> None:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DataParallel, DDP and AveragedModel, so that all names are its own."""
-    while isinstance(module, WRAPPERS) or "_orig_mod" in module._modules:
-        module = module.module if isinstance(module, WRAPPERS) else module._orig_mod
+    compiled = [name for name, _ in module.named_children()] == ["_orig_mod"]
+    if compiled or isinstance(module, WRAPPERS):
+        return _unwrapped(module._orig_mod if compiled else module.module)
     return module
 
 
@@ -533,11 +494,11 @@ def _weights_to_mask(module: nn.Module, include: Sequence[str], exclude: Sequenc
 
 
 def _check_ordinary(name: str, *tensors: Tensor | None) -> None:
-    """ValueError if a product with a mask in place fails, or means something else, on a tensor of this kind."""
+    """ValueError where a product with a mask in place fails or means something else."""
     for x in tensors:
         if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_meta):
             what = f"{name}, its gradient or optimizer state is a {type(x).__name__} ({x.layout}, {x.device})"
-            raise ValueError(f"{what}: exclude it, or leave it out of sharding, quantisation and sparse=True")
+            raise ValueError(f"{what}: exclude it, or keep it from fully_shard(), quantisation, sparse=True and meta")
 
 
 def _choice(what: str, value: str, choices: Collection[str]) -> str:
@@ -563,9 +524,9 @@ def _check_sparsity(sparsity: float) -> None:
 
 @torch.no_grad()
 def stable_rank(features: Tensor, delta: float = 0.01) -> int:
-    """Smallest k such that the k largest singular values sum to at least 1 - delta of all. `features`: (batch, units).
+    """Effective rank: how many of the largest singular values sum to at least 1 - delta of all. 0 if all are 0.
 
-    The paper's SRank: Kumar et al. 2021, eq. 1 (singular values, not their squares). 0 if all features are 0.
+    `features`: (batch, units). The paper's SRank: Kumar et al. 2021, eq. 1. Not what others call the stable rank.
     """
     if features.ndim != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}: flatten them to (batch, units)")
