@@ -75,9 +75,7 @@ def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: floa
     return final + 0.5 * (initial - final) * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
 
 
-def scheduled_sparsity(
-    step: float, initial: float, final: float, start: float, end: float, power: float = 2.0
-) -> float:
+def scheduled_sparsity(step: float, initial: float, final: float, start: float, end: float, power: float = 2) -> float:
     """Eq. 2: the sparsity at `step`. `initial` up to `start`, `final` from `end` on, a polynomial between."""
     if end <= start:
         raise ValueError(f"the schedule ends at {end}, not after its start at {start}: write an end > start")
