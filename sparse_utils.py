@@ -19,6 +19,7 @@ al., arXiv 2302.12902).
 
 import contextlib
 import math
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -28,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
-DISTRIBUTIONS = ("er", "uniform", "uniform-dense-output")
 MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 NOT_ELEMENT_WISE = {"LBFGS", "Muon", "Shampoo", "SOAP"}  # an update mixes a layer's weights: masked ones would move
 
 
@@ -40,9 +41,8 @@ def erdos_renyi_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: floa
     """Erdős-Rényi: the density of a layer is eps * (sum of its dimensions) / (product of its dimensions).
 
     The dimensions are those of the weight, a convolution's kernel included. eps is such that the layers hold as many
-    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size), for a sparsity in [0, 1). While the
-    largest density would pass 1, every layer at that maximum becomes dense and eps is solved again for the others.
-    Source: SET, RigL, sec. B.1.1.
+    zeros together as with `uniform_sparsities`, the sum of floor(sparsity * size). While the largest density would pass
+    1, every layer at that maximum becomes dense and eps is solved again for the others. Source: the code of SET, RigL.
     """
     _check_sparsity(sparsity)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -65,41 +65,18 @@ def uniform_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -
     return dict.fromkeys(shapes, sparsity)
 
 
-def uniform_dense_output(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Uniform, but the output layer is dense and the others make up for it: the number of zeros stays the same.
-
-    The output layer is the last of `shapes` and its parallel heads (same shape, not square), such as those of twin
-    critics. An ablation of ER, which at 0.6 leaves the output layer dense and is almost uniform over square layers.
-    Raises ValueError if the other layers are too small.
-    """
-    _check_sparsity(sparsity)
-    output = list(shapes)[-1]
-    heads = [name for name in shapes if shapes[name] == shapes[output] and len(set(shapes[output])) > 1] or [output]
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    n_zeros = sum(math.floor(sparsity * n) for n in size.values())
-    n_rest = sum(n for name, n in size.items() if name not in heads)
-    if n_zeros >= n_rest:
-        raise ValueError(f"{n_zeros} zeros do not fit the {n_rest} weights before the output: write a lower sparsity")
-    return {name: 0.0 if name in heads else n_zeros / n_rest for name in shapes}
+DISTRIBUTIONS = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}
 
 
 def drop_fraction(step: int, total_steps: int, initial: float = 0.5, final: float = 0.0) -> float:
-    """Fraction zeta of the active connections that a topology update replaces: cosine decay, eq. 1.
-
-    `final` after `total_steps`. Raises ValueError if `total_steps` is not positive.
-    """
+    """Eq. 1: zeta, the share of active connections that a topology update replaces. `final` after `total_steps`."""
     if total_steps <= 0:
         raise ValueError(f"total_steps is {total_steps}: write the planned number of steps, at least 1")
     return final + 0.5 * (initial - final) * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
 
 
-def scheduled_sparsity(
-    step: float, initial: float, final: float, start: float, end: float, power: float = 2.0
-) -> float:
-    """Sparsity at `step`: `initial` up to `start`, `final` from `end` on, polynomial of `power` between. Eq. 2.
-
-    Raises ValueError if `end` <= `start`.
-    """
+def scheduled_sparsity(step: float, initial: float, final: float, start: float, end: float, power: float = 2) -> float:
+    """Eq. 2: the sparsity at `step`. `initial` up to `start`, `final` from `end` on, a polynomial between."""
     if end <= start:
         raise ValueError(f"the schedule ends at {end}, not after its start at {start}: write an end > start")
     if step <= start:
@@ -144,26 +121,20 @@ GROWTHS = {"rigl": grow_by_gradient, "set": grow_at_random}  # a further rule: o
 
 @torch.no_grad()
 def prune_and_grow(
-    weight: Tensor,
-    mask: Tensor,
-    dense_grad: Tensor | None,
-    n_drop: int,
-    n_grow: int,
-    growth: str = "rigl",
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, mask: Tensor, dense_grad: Tensor | None, n_drop: int, n_grow: int,
+    growth: str = "rigl", generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One topology update of one layer: drop the smallest weights, then grow connections. Changes nothing in place.
 
-    Drops the `n_drop` active weights of smallest magnitude, in [0, active connections]; equal ones: the lowest index
-    first. Then grows `n_grow` of those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl"
-    (algorithm 1) by `dense_grad`, the gradient of the unmasked weight, or "set" with the random `generator`. `weight`,
-    the boolean `mask` (True where active) and `dense_grad` have the same shape.
+    Drops the `n_drop` active weights of smallest magnitude; equal ones: the lowest index first. Then grows `n_grow` of
+    those that are not kept, just-dropped ones included, by a rule of `GROWTHS`: "rigl" (algorithm 1) by `dense_grad`,
+    the gradient of the unmasked weight, or "set" with the random `generator`. `weight`, the boolean `mask` (True where
+    active) and `dense_grad` have the same shape.
 
-    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: a dropped and
-    regrown connection is not in it. Raises ValueError for an unknown growth, unequal shapes, counts out of range, NaN
-    in the scores, or if the rule lacks what it reads.
+    Returns (new_mask, newly_grown), booleans of that shape. `newly_grown` marks what `mask` did not hold: nothing that
+    was dropped and regrown. Raises ValueError for unequal shapes, counts out of range and NaN in the scores.
     """
-    _check_choice("growth", growth, GROWTHS)
+    _choice("growth", growth, GROWTHS)
     n_active = int(mask.count_nonzero())
     n_free = mask.numel() - n_active + n_drop  # everything not kept
     if not (0 <= n_drop <= n_active and 0 <= n_grow <= n_free):
@@ -176,16 +147,14 @@ def prune_and_grow(
 
 
 def _lowest(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first.
-
-    The k-th lowest score and a pass over its ties, in a third of the time of a stable sort with the same result.
-    """
+    """Boolean mask of the `k` candidates with the lowest score; equal scores: the lowest index first."""
     chosen = torch.zeros_like(candidates)
     if k == 0:
         return chosen
     values = scores[candidates]  # in index order
     if values.isnan().any():
         raise ValueError("NaN in the weights or gradients to rank: skip step() when the loss is not finite")
+    # The k-th lowest score and a pass over its ties, in a third of the time of a stable sort with the same result
     threshold = values.topk(k, largest=False, sorted=False).values.amax()
     lowest = values < threshold
     ties = (values == threshold).nonzero().squeeze(1)
@@ -212,28 +181,25 @@ class Sparsifier:
             reparametrized (`torch.nn.utils.parametrizations`), frozen and empty weights and all else stay dense.
         optimizer: any element-wise one of torch that holds these weights. What of its state has the shape of a weight
             (moments, momentum) is set to 0 where a connection is dropped or grown.
-        sparsity: share of zeros in [0, 1), over the masked weights together.
-        distribution: "er", "uniform" or "uniform-dense-output", how the layers share `sparsity`.
+        sparsity: share of zeros in [0, 1), over the masked weights together. `distribution`, "er" or "uniform", says
+            how the layers share it.
         growth: "rigl" (largest gradient) or "set" (random).
-        update_interval: steps between topology updates.
+        update_interval: steps between topology updates. total_updates: planned number of `step()` calls.
         drop_fraction, final_drop_fraction: zeta of eq. 1 at the start and after `total_updates`, in [0, 1].
-        total_updates: planned number of `step()` calls; the schedules are relative to it.
         seed: of masks and random growth, on any device. Modules of the same shapes get the same masks from one seed.
         include: names of further parameters, or ends of names: "in_proj_weight" is that of every attention.
-        exclude: names of submodules that stay dense.
+        exclude: full names of submodules that stay dense.
         schedule_start, schedule_end: window of eq. 2 as fractions of `total_updates`, for "d2s" (default 0.2 to 0.8,
-            Obando-Ceron et al. 2024) and "s2d" (default 0 to 1).
-        power: lambda of eq. 2.
+            Obando-Ceron et al. 2024) and "s2d" (default 0 to 1). power: its lambda.
 
     Attributes:
-        masks: boolean tensors by parameter name (that without wrappers), True where active; empty for "dense".
+        masks: boolean tensors by parameter name, True where active; empty for "dense". Names are those of the module
+            inside `torch.compile`, DataParallel, DDP or AveragedModel.
         optimizer: as above. Assign the new one wherever it is made anew.
-        updates: the clock, number of steps so far.
-        topology_updates: number of topology updates so far.
-        replaced: connections of the last topology update that were not active just before it (dropped and regrown ones
-            do not count), as a share of all active after it; 0.0 before the first.
+        updates: the clock, number of steps so far. topology_updates: how many of them changed the topology.
+        replaced: connections that the last topology update made active, of all active after it; 0.0 before the first.
 
-    Raises ValueError for arguments out of range and for a weight that has a Sparsifier already.
+    Raises ValueError for arguments out of range, a weight that has a Sparsifier already, a DTensor and its like.
     """
 
     SETTINGS = ("regime", "target_sparsity", "distribution", "growth", "update_interval", "initial_drop_fraction")
@@ -243,62 +209,50 @@ class Sparsifier:
 
     @torch.no_grad()
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        regime: str = "dst",
-        sparsity: float = 0.6,
-        *,
-        distribution: str = "er",
-        growth: str = "rigl",
-        update_interval: int = 1000,
-        drop_fraction: float = 0.5,
-        final_drop_fraction: float = 0.0,
-        total_updates: int,
-        seed: int = 0,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        schedule_start: float | None = None,
-        schedule_end: float | None = None,
-        power: float = 2.0,
-    ):
-        _check_choice("regime", regime, REGIMES)
-        _check_choice("distribution", distribution, DISTRIBUTIONS)
-        _check_choice("growth", growth, GROWTHS)
-        _check_sparsity(sparsity)
-        if update_interval < 1 or total_updates < 1:
-            raise ValueError(f"update_interval={update_interval}, total_updates={total_updates}: write at least 1")
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, regime: str = "dst", sparsity: float = 0.6, *,
+        distribution: str = "er", growth: str = "rigl", update_interval: int = 1000, total_updates: int,
+        drop_fraction: float = 0.5, final_drop_fraction: float = 0.0, seed: int = 0,
+        include: Sequence[str] = (), exclude: Sequence[str] = (),
+        schedule_start: float | None = None, schedule_end: float | None = None, power: float = 2.0,
+    ):  # fmt: skip
+        self.regime = _choice("regime", regime, REGIMES)
+        self.distribution = _choice("distribution", distribution, DISTRIBUTIONS)
+        self.growth = _choice("growth", growth, GROWTHS)
+        self.update_interval = _whole_number("update_interval", update_interval)
+        self.total_updates = _whole_number("total_updates", total_updates)
+        self.target_sparsity, self.power = float(sparsity), float(power)
+        self.initial_drop_fraction, self.final_drop_fraction = float(drop_fraction), float(final_drop_fraction)
+        start, end = (0.2, 0.8) if self.regime == "d2s" else (0.0, 1.0)
+        start = self.schedule_start = float(start if schedule_start is None else schedule_start)
+        end = self.schedule_end = float(end if schedule_end is None else schedule_end)
+        _check_sparsity(self.target_sparsity)
         if not (0 <= drop_fraction <= 1 and 0 <= final_drop_fraction <= 1):
             raise ValueError(f"drop fractions {drop_fraction} and {final_drop_fraction}: write numbers in [0, 1]")
-        if power <= 0:
+        if not power > 0:
             raise ValueError(f"power={power}: write a positive number (the paper's lambda is 2)")
-        default_start, default_end = (0.2, 0.8) if regime == "d2s" else (0.0, 1.0)
-        start = default_start if schedule_start is None else schedule_start
-        end = default_end if schedule_end is None else schedule_end
         if not 0 <= start < end <= 1:
             raise ValueError(f"schedule window {start} to {end}: write 0 <= schedule_start < schedule_end <= 1")
-
-        self.regime, self.target_sparsity, self.distribution, self.growth = regime, sparsity, distribution, growth
-        self.update_interval, self.total_updates = update_interval, total_updates
-        self.initial_drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
-        self.schedule_start, self.schedule_end, self.power = start, end, power
-        self.generator = torch.Generator().manual_seed(seed)
-        self.updates = self.topology_updates = 0
-        self.replaced = 0.0
+        self.updates, self.topology_updates, self.replaced = 0, 0, 0.0
         self.pending = False  # a topology update waits for finite gradients
-        self.checked = False  # the weights, since they were masked or a state was loaded
-        self.module, self.exclude = module, tuple(f"{name}." for name in exclude)
-        self.weights = _weights_to_mask(module, include, exclude)
+        self.checked = False  # the weights, since the masks changed or a state was loaded
+        self.generator = torch.Generator().manual_seed(operator.index(seed))
+        self.module, self.exclude = _unwrapped(module), tuple(f"{name}." for name in exclude)
+        self.weights = _weights_to_mask(self.module, include, exclude)
         self.masks: dict[str, Tensor] = {}
         self.optimizer = optimizer
-        if regime == "dense":
-            return
+        if self.regime != "dense":
+            self._mask_at_random()
+
+    def _mask_at_random(self) -> None:
         taken = [name for name, weight in self.weights.items() if id(weight) in self._of_weight]
         if taken:
             raise ValueError(f"another Sparsifier masks {taken}: exclude them here, or delete that one first")
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        solve = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities}.get(distribution, uniform_dense_output)
-        self.layer_sparsities = solve(shapes, sparsity)
+        for name, shape in shapes.items():
+            _check_ordinary(name, *self._tensors(name))
+            if len(shape) == 1:
+                raise ValueError(f"{name} is flat, like a bias or a shard of FSDP: mask none of these, and use DDP")
+        self.layer_sparsities = DISTRIBUTIONS[self.distribution](shapes, self.target_sparsity)
         for name, weight in self.weights.items():
             mask = random_mask(shapes[name], self._layer_sparsity(name), self.generator)
             self.masks[name] = mask.to(weight.device)
@@ -322,8 +276,12 @@ class Sparsifier:
     @property
     def topology_update_due(self) -> bool:
         """Whether the next `step()` updates the topology, if the gradients are finite."""
-        due = self.pending or (self.updates + 1) % self.update_interval == 0
-        return due and self.regime in ("dst", "s2d", "d2s")
+        return self.regime in ("dst", "s2d", "d2s") and (self.pending or (self.updates + 1) % self.update_interval == 0)
+
+    @property
+    def check_due(self) -> bool:
+        """Whether the next `step()` checks the weights. No other reads from the device or changes the topology."""
+        return self.regime != "dense" and (not self.checked or (self.updates + 1) % self.update_interval == 0)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -331,14 +289,14 @@ class Sparsifier:
 
         Call it after `backward()` and before clipping and `optimizer.step()`, once per optimizer step. A topology
         update reads the gradients as they are: they must come from this module's own loss alone. It waits for the next
-        step with finite gradients in the whole optimizer. If there are none for the growth rule: ValueError.
+        step with finite gradients in the whole optimizer. It leaves a layer alone whose gradient is None or all 0.
 
-        At the first step and at multiples of `update_interval` it checks the weights: ValueError, before anything
-        changes, if one is not 0 outside its mask, is not finite or has left the module. Other steps do no host sync.
+        At the first step, at multiples of `update_interval` and at the step after a topology update it checks the
+        weights: ValueError, before anything changes, if one is not 0 outside its mask, is not finite, has left the
+        module, or if it or its gradient is no ordinary dense tensor. Other steps do no host sync.
         """
         due = self.topology_update_due
-        check = due or not self.checked or (self.updates + 1) % self.update_interval == 0
-        if check and self.masks and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if self.check_due and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             self.checked = self._check()
         self.pending = due and not self.checked
         self.updates += 1
@@ -356,19 +314,20 @@ class Sparsifier:
         On the own module it zeroes the optimizer's state as well: the repair after something else changed its weights.
         Raises ValueError if the target lacks a masked parameter or has it in another shape.
         """
-        parameters = _parameters(target_module)
+        parameters = dict(_unwrapped(target_module).named_parameters())
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise ValueError(f"the target has no {name} of shape {tuple(mask.shape)}: pass a copy of the module")
+            _check_ordinary(name, parameters[name])
         for name, mask in self.masks.items():
             _mask_(parameters[name], mask)
             if parameters[name] is self.weights[name]:
                 self._clear(name, keep=mask)
 
     def sparsity(self) -> float:
-        """Measured share of zeros over all masks; 0.0 for "dense"."""
+        """Measured share of zeros: weights outside the masks that are in fact 0, among all masked; 0.0 for "dense"."""
         size = sum(mask.numel() for mask in self.masks.values())
-        return (size - self._active()) / size if size else 0.0
+        return self._zeros() / size if size else 0.0
 
     def statistics(self) -> dict[str, float]:
         """What is worth logging: measured sparsity, topology updates so far, share of connections the last replaced."""
@@ -376,9 +335,8 @@ class Sparsifier:
 
     def counts(self) -> dict[str, int]:
         """Parameters of the module without the excluded submodules, and those of them that no mask zeroes."""
-        size = sum(p.numel() for name, p in _parameters(self.module).items() if not name.startswith(self.exclude))
-        zeros = sum(mask.numel() for mask in self.masks.values()) - self._active()
-        return {"parameters": size, "active_parameters": size - zeros}
+        size = sum(p.numel() for name, p in self.module.named_parameters() if not name.startswith(self.exclude))
+        return {"parameters": size, "active_parameters": size - self._zeros()}
 
     def __str__(self) -> str:
         """For a table of modules."""
@@ -387,8 +345,7 @@ class Sparsifier:
 
     def coverage(self) -> float:
         """Share of the masked weights, zeros or not, among all parameters of the module; 0.0 for "dense"."""
-        size = sum(mask.numel() for mask in self.masks.values())
-        return size / sum(parameter.numel() for parameter in self.module.parameters())
+        return sum(mask.numel() for mask in self.masks.values()) / sum(p.numel() for p in self.module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that a resumed run needs beside module and optimizer; loads with `weights_only=True`."""
@@ -432,13 +389,16 @@ class Sparsifier:
 
     def _check(self) -> bool:
         """Whether the optimizer's gradients are finite, and if so, ValueError if a weight is not what it must be."""
+        for name in self.masks:
+            _check_ordinary(name, self.weights[name].grad, *self._tensors(name))
         grads = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
         if not all(grad.isfinite().all() for grad in grads if grad is not None and not grad.is_sparse):
             return False
-        in_module = {id(parameter) for parameter in self.module.parameters()}
+        parameters = dict(self.module.named_parameters())
         for name, mask in self.masks.items():
             weight = self.weights[name]
-            if id(weight) not in in_module:
+            if not any(weight is parameter for parameter in parameters.values()):
+                _check_ordinary(name, parameters.get(name))
                 raise ValueError(f"{name} has left the module: build a new Sparsifier where a layer is replaced")
             if not weight.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf: load module and optimizer from before")
@@ -446,7 +406,8 @@ class Sparsifier:
             if moved:
                 raise ValueError(
                     f"{name}: {moved} weights outside the mask are not 0: call apply_to(module) after resetting layers "
-                    "or loading weights, assign sparsifier.optimizer where it is made anew, use an element-wise one"
+                    "or loading weights, assign sparsifier.optimizer where it is made anew, use an element-wise one "
+                    "with its moments in its state and 0 for zero (unlike ZeRO's and 8-bit ones)"
                 )
         return True
 
@@ -454,14 +415,17 @@ class Sparsifier:
     def _update_topology(self) -> None:
         """Algorithm 1 on every masked layer, with the counts of sec. B.1.3 for the regimes with a schedule."""
         zeta = drop_fraction(self.updates, self.total_updates, self.initial_drop_fraction, self.final_drop_fraction)
-        after_backward = any(weight.grad is not None for weight in self.weights.values())
+        grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+        trained = [name for name, grad in grads.items() if grad.any()]
+        if not trained and (self.growth == "set" or not grads):
+            trained = list(self.masks)  # SET needs no gradient at all, and RigL's error says that there is none
         n_new = 0
         for name, mask in self.masks.items():
             weight = self.weights[name]
             active = int(mask.count_nonzero())
             target = weight.numel() - math.floor(self._layer_sparsity(name) * weight.numel())
-            if active == target == weight.numel() or (after_backward and weight.grad is None):
-                continue  # dense before and after: all that is dropped would regrow; or not trained in this step
+            if name not in trained or active == target == weight.numel():
+                continue  # dense before and after: all that is dropped would regrow
             k = min(math.floor(zeta * active), target)  # a layer cannot regrow more than it will hold
             n_drop, n_grow = k + max(active - target, 0), k + max(target - active, 0)
             scores = (weight, mask, weight.grad)
@@ -469,18 +433,26 @@ class Sparsifier:
             self._clear(name, keep=mask & new_mask)  # a newly grown weight starts at 0, without moments
             mask.copy_(new_mask)
             n_new += int(newly_grown.count_nonzero())
+        self.checked = False  # an optimizer that keeps its state elsewhere goes on moving what was dropped
         self.topology_updates += 1
-        self.replaced = n_new / self._active()
+        self.replaced = n_new / sum(int(mask.count_nonzero()) for mask in self.masks.values())
 
-    def _active(self) -> int:
-        return int(sum(mask.count_nonzero() for mask in self.masks.values()))
+    def _zeros(self) -> int:
+        """Weights outside the masks that are in fact 0, in the module as it is now."""
+        weights = self.weights | dict(self.module.named_parameters())
+        return sum(int(((weights[name] == 0) & ~mask).count_nonzero()) for name, mask in self.masks.items())
+
+    def _tensors(self, name: str) -> list[Tensor]:
+        """A weight and what of its optimizer state has its shape (moments, momentum), but not Rprop's step sizes."""
+        weight = self.weights[name]
+        state = self.optimizer.state.get(weight, {})
+        moments = [x for key, x in state.items() if torch.is_tensor(x) and key != "step_size"]
+        return [weight, *(x for x in moments if x.shape == weight.shape)]
 
     def _clear(self, name: str, keep: Tensor) -> None:
-        """Set a weight and its optimizer state (moments, momentum; not Rprop's step sizes) to 0 outside `keep`."""
-        weight = self.weights[name]
-        for key, tensor in [("weight", weight), *self.optimizer.state.get(weight, {}).items()]:
-            if torch.is_tensor(tensor) and tensor.shape == weight.shape and key != "step_size":
-                _mask_(tensor, keep)
+        """Set a weight and its optimizer state to 0 outside `keep`."""
+        for tensor in self._tensors(name):
+            _mask_(tensor, keep)
 
 
 def _mask_(tensor: Tensor, mask: Tensor) -> None:
@@ -493,39 +465,51 @@ def _mask_(tensor: Tensor, mask: Tensor) -> None:
         part.mul_(of_mask)
 
 
-def _plain(name: str) -> str:
-    """A name without the parts that `torch.compile`, DataParallel, DDP and AveragedModel put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
-
-
-def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's parameters, each once, by plain name; by full name if two would be called the same."""
-    named = dict(module.named_parameters())
-    plain = {_plain(name): parameter for name, parameter in named.items()}
-    return plain if len(plain) == len(named) else named
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DataParallel, DDP and AveragedModel, so that all names are its own."""
+    compiled = [name for name, _ in module.named_children()] == ["_orig_mod"]
+    if compiled or isinstance(module, WRAPPERS):
+        return _unwrapped(module._orig_mod if compiled else module.module)
+    return module
 
 
 def _weights_to_mask(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
     """What is masked, by name: weights of `MASKED_LAYERS` and included ones, but not excluded, frozen or empty ones."""
-    named = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False) if p.ndim]
-    included = {wanted: {id(p) for name, p in named if f".{name}".endswith(f".{_plain(wanted)}")} for wanted in include}
-    excluded = {wanted: {id(p) for name, p in named if name.startswith(f"{_plain(wanted)}.")} for wanted in exclude}
-    for argument, what, found in (("include", "parameter", included), ("exclude", "submodule", excluded)):
+    named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if p.ndim]
+    included = {wanted: {id(p) for name, p in named if f".{name}".endswith(f".{wanted}")} for wanted in include}
+    excluded = {wanted: {id(p) for name, p in named if name.startswith(f"{wanted}.")} for wanted in exclude}
+    for argument, what, found in (("include", "parameter", included), ("exclude", "module", excluded)):
         unknown = [wanted for wanted, ids in found.items() if not ids]
         if unknown:
             raise ValueError(f"{argument} names no {what} {unknown}: write names as in named_{what}s() in a list")
     layers = [layer for layer in module.modules() if isinstance(layer, MASKED_LAYERS)]
     chosen = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}
     chosen = chosen.union(*included.values()).difference(*excluded.values())
-    weights = {n: p for n, p in _parameters(module).items() if id(p) in chosen and p.requires_grad and p.numel()}
+    weights = {n: p for n, p in module.named_parameters() if id(p) in chosen and p.requires_grad and p.numel()}
     if not weights:
         raise ValueError("the module has no nn.Linear weights and no convolutions to mask: name others with include=")
     return weights
 
 
-def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
+def _check_ordinary(name: str, *tensors: Tensor | None) -> None:
+    """ValueError where a product with a mask in place fails or means something else."""
+    for x in tensors:
+        if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_meta):
+            what = f"{name}, its gradient or optimizer state is a {type(x).__name__} ({x.layout}, {x.device})"
+            raise ValueError(f"{what}: exclude it, or keep it from fully_shard(), quantisation, sparse=True and meta")
+
+
+def _choice(what: str, value: str, choices: Collection[str]) -> str:
+    """That one of `choices`: a plain string, whatever `value` is."""
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}: write one of {', '.join(choices)}")
+    return next(choice for choice in choices if choice == value)
+
+
+def _whole_number(what: str, value: float) -> int:
+    if not (value >= 1 and value % 1 == 0):
+        raise ValueError(f"{what}={value}: write a whole number, at least 1")
+    return int(value)
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -538,9 +522,9 @@ def _check_sparsity(sparsity: float) -> None:
 
 @torch.no_grad()
 def stable_rank(features: Tensor, delta: float = 0.01) -> int:
-    """Smallest k such that the k largest singular values sum to at least 1 - delta of all. `features`: (batch, units).
+    """Effective rank: how many of the largest singular values sum to at least 1 - delta of all. 0 if all are 0.
 
-    The paper's SRank: Kumar et al. 2021, eq. 1 (singular values, not their squares). 0 if all features are 0.
+    `features`: (batch, units). The paper's SRank: Kumar et al. 2021, eq. 1. Not what others call the stable rank.
     """
     if features.ndim != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}: flatten them to (batch, units)")
@@ -616,7 +600,7 @@ def graphed(
 
     def run(rb: Any) -> dict[str, Tensor]:
         nonlocal graph, metrics, eager_calls
-        if eager_calls < 2 or any(sparsifier.topology_update_due for sparsifier in sparsifiers):
+        if eager_calls < 2 or any(sparsifier.check_due for sparsifier in sparsifiers):
             eager_calls, eager_metrics = eager_calls + 1, update(rb)
             module.zero_grad()  # or these gradients would stay in memory beside the graph's
             return eager_metrics
