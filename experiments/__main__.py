@@ -9,6 +9,7 @@ python -m experiments status --todo fig06.txt >todo.txt       # the commands tha
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,6 @@ from collections import Counter
 from pathlib import Path
 
 from experiments.figures import FIGURES, Run, runs
-
-OWN_FLAGS = ("env", "env-id", "exp-name", "seed", "dry-run")  # of each run: not behind --
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +88,7 @@ def print_figures() -> None:
 
 def print_commands(chosen: list[Run], extra: list[str]) -> None:
     for flag in extra:
-        if flag.startswith("--") and flag[2:].partition("=")[0].replace("_", "-") in OWN_FLAGS:
+        if flag.partition("=")[0].replace("_", "-") in ("--env", "--env-id", "--exp-name", "--seed"):
             raise ValueError(f"{flag} is each run's own: choose runs by --envs and --seeds, before --")
     for run in chosen:
         print(shlex.join(["python", *run.arguments(), *extra]), "#", run.directory)
@@ -97,16 +96,12 @@ def print_commands(chosen: list[Run], extra: list[str]) -> None:
 
 def run_of(line: str) -> Path:
     """The run directory of a command: by its flags, or without --env by what follows "# "."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env", "--env-id", "--env_id")
-    parser.add_argument("--exp-name", "--exp_name")
-    parser.add_argument("--seed", default="1")
-    parser.add_argument("--runs-dir", "--runs_dir", default="runs")
-    words = shlex.split(line, comments=True)
-    flags, _ = parser.parse_known_args(words)
-    script = next((Path(word).stem for word in words if word.endswith(".py")), "")
-    name = f"{flags.env}__{flags.exp_name or script}__{flags.seed}" if flags.env else line.rpartition("# ")[2]
-    return Path(os.path.expandvars(flags.runs_dir)).expanduser() / re.sub(r"[^\w.+=-]", "-", name)
+    words = [part for x in shlex.split(line, comments=True) for part in (x.split("=", 1) if x[:2] == "--" else [x])]
+    flags = {flag.replace("_", "-"): value for flag, value in itertools.pairwise(words)}
+    env, script = flags.get("--env", flags.get("--env-id")), next((x for x in words if x.endswith(".py")), "")
+    name = f"{env}__{flags.get('--exp-name', Path(script).stem)}__{flags.get('--seed', 1)}"
+    name = re.sub(r"[^\w.+=-]", "-", name if env else line.rpartition("# ")[2])
+    return Path(os.path.expandvars(flags.get("--runs-dir", "runs"))).expanduser() / name
 
 
 def state_of(run: Path, line: str) -> tuple[str, str]:

@@ -152,7 +152,14 @@ STRONG_ENCODER = MRQ | {"encoder_arch": 6, "encoder_scale": 3}  # of the studies
 MRQ_MST_5X = RES | MST | modules(scale=5)
 # SAC and DDPG on SimBa networks, MR.SAC on types 6, 6 and 5
 SIMBA = {"width_scale": 1, "depth_scale": 1, **DENSE}
+SAC, DDPG = {"script": "mst_sac", **SIMBA}, {"script": "mst_ddpg", **SIMBA}
 MRSAC = SIMBA | {"script": "mst_mrsac", **RES_TYPES, "encoder_regime": "dense"}
+
+
+def scaled(base: dict, *scales: int) -> tuple[dict, ...]:
+    """Dense and MST, at each scale of width, of depth, and of both."""
+    return tuple(cell for regimes in (DENSE, MST) for cell in cells(base | regimes, *dimensions(scales)))
+
 
 ENCODER_TYPES = cells(MRQ, *grid(encoder_arch=TYPES, encoder_regime=REGIMES))
 ENCODER_NORMS = cells(MRQ, *grid(encoder_arch=(2, 4), encoder_regime=REGIMES))
@@ -165,19 +172,15 @@ ACTOR_SCALES = cells(STRONG_ENCODER, *grid(actor_arch=(1, 3, 5), actor_scale=SCA
 ACTOR_5X = cells(STRONG_ENCODER, *grid(actor_arch=(3, 5), actor_scale=(5,), actor_regime=REGIMES))
 METHODS = tuple(base | modules(scale=s) for s in SCALES for base in (MRQ, RES, RES | MST))
 MST_PARTS = ({}, {"distribution": "uniform"}, {"growth": "set"}, *sparsities(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
-SIMBA_SCALES = tuple(
-    cell
-    for script in ("mst_sac", "mst_ddpg")
-    for regimes in (DENSE, MST)
-    for cell in cells({"script": script, **SIMBA, **regimes}, *dimensions((1, 2, 3, 4, 5)))
-)
+SIMBA_SCALES = scaled(SAC, 1, 2, 3, 4, 5) + scaled(DDPG, 1, 2, 3, 4, 5)
 PAIRS = (("dense", "dense"), ("dst", "sst"), ("sst", "sst"), ("dst", "dst"), ("sst", "dst"))
-SAC_207M = {"script": "mst_sac", **SIMBA, "width_scale": 4, "depth_scale": 3}
+SAC_207M = SAC | {"width_scale": 4, "depth_scale": 3}
 ASSIGNMENTS = cells(SAC_207M, *({"critic_regime": critic, "actor_regime": actor} for critic, actor in PAIRS))
 RESIDUALS = cells(RES, *(modules(scale=s) | {"residual": residual} for s in (1, 3) for residual in ("pre", "post")))
-MRSAC_SCALES = tuple(cell for regimes in (DENSE, MST) for cell in cells(MRSAC | regimes, *dimensions(SCALES)))
 STRATEGIES = (*(modules(regime=regime) for regime in ("dense", "sst", "dst")), MST)
-RIGL = grid(topology_update_interval=(100, 1000, 10_000), drop_fraction=(0.1, 0.3, 0.5))
+ONE_OR_MST = tuple(RES | modules(scale=s) | regimes for s in SCALES for regimes in STRATEGIES)
+SPARSITIES = cells(MRQ_MST_5X, *sparsities(0.5, 0.6, 0.7, 0.8, 0.9, 0.95))
+RIGL = cells(MRQ_MST_5X, *grid(topology_update_interval=(100, 1000, 10_000), drop_fraction=(0.1, 0.3, 0.5)))
 
 # The study of depth, and one of encoders in its setting: minutes a run on one CPU core. Seeds up to 100 were a pilot's
 CARTPOLE = {
@@ -224,19 +227,11 @@ FIGURES = {
     "fig23": Figure("Fig. 8 by task", ACTOR_TYPES),
     "fig24": Figure("Fig. 9 on {env}", ACTOR_SCALES, envs=("dog-run",)),
     "fig25": Figure("Fig. 9 on {env}", ACTOR_SCALES, envs=("humanoid-run",)),
-    "fig26": Figure("MR.SAC: return against parameters", MRSAC_SCALES, seeds=5, ours="the scales"),
+    "fig26": Figure("MR.SAC: return against parameters", scaled(MRSAC, *SCALES), seeds=5, ours="the scales"),
     # Beyond the paper
-    "one-strategy": Figure(
-        "One regime for all modules against MST",
-        tuple(RES | modules(scale=s) | regimes for s in SCALES for regimes in STRATEGIES),
-        ours="all",
-    ),
-    "sparsity": Figure(
-        "MST at scale 5: sparsity of critic and actor",
-        cells(MRQ_MST_5X, *sparsities(0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
-        ours="all",
-    ),
-    "rigl": Figure("MST at scale 5: interval and drop fraction of RigL", cells(MRQ_MST_5X, *RIGL), ours="all"),
+    "one-strategy": Figure("One regime for all modules against MST", ONE_OR_MST, ours="all"),
+    "sparsity": Figure("MST at scale 5: sparsity of critic and actor", SPARSITIES, ours="all"),
+    "rigl": Figure("MST at scale 5: interval and drop fraction of RigL", RIGL, ours="all"),
     "depth": Figure(
         "Depth 1, 5 and 15 of MR.Q, with residuals, with MST", tuple(DEPTHS.values()), names=tuple(DEPTHS), **STUDY
     ),
@@ -255,13 +250,8 @@ def runs(
 ) -> list[Run]:
     """The runs of a figure, seed by seed: wherever a study stops, its cells have the same number of runs, or one less.
 
-    Args:
-        size: "small" for a first verdict in hours on a few cores, "toy" for a look at the whole chain in minutes.
-        envs: other tasks than those of the size.
-        seeds: the number of seeds.
-        only: flags with the values (as text) that a cell may have, such as {"critic_arch": ("4", "6")}.
-
-    Raises ValueError, with what to write instead, if there is no such figure or cell, or a task twice.
+    `envs` are other tasks than those of the size, `seeds` is the number of seeds, and `only` the values (as text) that
+    flags may have, such as {"critic_arch": ("4", "6")}. Raises ValueError, with what to write instead.
     """
     if figure not in FIGURES:
         raise ValueError(f"no figure {figure}: choose one of {', '.join(FIGURES)}")
@@ -275,11 +265,10 @@ def runs(
 
     chosen = named
     for flag, values in (only or {}).items():
-        known = sorted({value(cell, flag) for cell, _ in named})
-        if known == ["None"]:
-            raise ValueError(f"no cell of {figure} has {flag}: choose from {', '.join(declared.cells[0])}")
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"no cell of {figure} has {flag} {', '.join(unknown)}: choose from {', '.join(known)}")
+        known = {value(cell, flag) for cell, _ in named}
+        if not known >= set(values):
+            choices = ", ".join(sorted(known - {"None"} or declared.cells[0]))
+            raise ValueError(f"no cell of {figure} has {flag} {', '.join(values)}: choose from {choices}")
         chosen = [(cell, name) for cell, name in chosen if value(cell, flag) in values]
     if not chosen:
         raise ValueError(f"no cell of {figure} has all of {only}")

@@ -10,7 +10,7 @@
 # Exit codes: 0 all are finished, 75 start the same again, 1 a command failed, 2 wrong usage, here or of a command.
 set -u
 
-usage() { echo "error: $1; usage: run.sh [--jobs K] FILE" >&2 && exit 2; }
+usage() { echo "error: $1; usage: run.sh [--jobs K] FILE" >&2; exit 2; }
 
 stop= # the signal that came: nothing is started after it
 trap 'stop=TERM' TERM INT HUP QUIT # scancel, a preemption (then Slurm requeues by itself), Ctrl-C, a closed terminal
@@ -26,9 +26,8 @@ fi
 [[ $# == 1 && -r $1 && ! -d $1 ]] || usage "'$*' is not a file of commands"
 lines=()
 while read -r line || [[ $line ]]; do
-    line=${line%$'\r'}
     [[ ! $line || $line == "#"* ]] || lines+=("$line")
-done <"$1"
+done < <(tr -d '\r' <"$1")
 task=${SLURM_ARRAY_TASK_ID:-1} count=${#lines[@]}
 [[ $task =~ ^[1-9][0-9]{0,8}$ ]] || usage "there is no task $task: write --array=1-$(((count + jobs - 1) / jobs))"
 (((task - 1) * jobs < count)) || usage "$1 has $count commands, none for task $task"
