@@ -43,16 +43,11 @@ def make_parser() -> Parser:
 
 def add_choice_of_runs(parser: argparse.ArgumentParser) -> None:
     """The flags that choose among a figure's runs, for the figure's drawing as well."""
-    sizes = {
-        "small": "a quarter of the widths, 30,000 agent steps of cheetah-run, 5 seeds: a first verdict",
-        "toy": "tiny networks, 1,250 agent steps of cartpole-balance, 2 seeds: a look at the whole chain",
-    }
     group = parser.add_mutually_exclusive_group()
-    for size, text in sizes.items():
-        group.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="paper", help=text)
-    parser.add_argument(
-        "--envs", type=lambda text: tuple(text.split(",")), metavar="A,B", help="other tasks than the figure's"
-    )
+    group.add_argument("--small", dest="size", action="store_const", const="small", help="a first verdict on few cores")
+    group.add_argument("--toy", dest="size", action="store_const", const="toy", help="does it all work? Tiny networks")
+    parser.set_defaults(size="paper")
+    parser.add_argument("--envs", type=lambda text: tuple(text.split(",")), metavar="A,B", help="other tasks")
     parser.add_argument("--seeds", type=positive, metavar="N", help="the first N seeds")
     parser.add_argument("--only", type=choice, action="append", default=[], metavar="FLAG=V1,V2",
                         help="only runs with these values, such as critic-arch=4,6; can be repeated")  # fmt: skip
@@ -71,8 +66,6 @@ def positive(text: str) -> int:
 
 def choice(text: str) -> tuple[str, tuple[str, ...]]:
     flag, _, values = text.partition("=")
-    if not (flag and values):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form FLAG=V1,V2, such as critic-arch=4,6")
     return flag.lstrip("-").replace("-", "_"), tuple(values.split(","))
 
 
@@ -80,10 +73,9 @@ def print_figures() -> None:
     print(f"{'figure':<13} cells tasks seeds  runs")
     for name, figure in FIGURES.items():
         counts = f"{len(figure.cells):5} {len(figure.envs):5} {figure.seeds:5} {len(runs(name)):5}"
-        ours = f" (ours: {figure.ours})" if figure.ours else ""
-        print(f"{name:<13} {counts}  {figure.title.format(env=figure.envs[0])}{ours}")
-    print(f"\n{len({run.directory for name in FIGURES for run in runs(name)}):,} distinct runs: figures share runs.")
-    print("Ours: what we chose, because the paper's text does not say it.")
+        title = figure.title.format(env=figure.envs[0]) + (f" (ours: {figure.ours})" if figure.ours else "")
+        print(f"{name:<13} {counts}  {title}")
+    print("\nFigures share runs. Ours: what we chose, because the paper's text does not say it.")
 
 
 def print_commands(chosen: list[Run], extra: list[str]) -> None:
@@ -135,19 +127,18 @@ def print_status(sources: list[Path], todo: bool) -> None:
     for source in sources:
         if source.is_dir():
             found += [(config.parent, "") for config in sorted(source.glob("**/config.json"))]
-            continue
-        lines = [line.strip() for line in source.read_text().splitlines()]
-        found += [(run_of(line), line) for line in lines if line and not line.startswith("#")]
-    counts: Counter = Counter()
-    for run, line in found:
-        state, more = state_of(run, line)
-        counts["trained in part" if state.startswith("trained") else state] += 1
+        else:
+            lines = map(str.strip, source.read_text().splitlines())
+            found += [(run_of(line), line) for line in lines if line and not line.startswith("#")]
+    states = [(*state_of(run, line), run, line) for run, line in found]
+    for state, more, run, line in states:
         if not todo:
             print(f"{state:<18} {run}  {more}".rstrip())
         elif state not in ("finished", "running"):
             print(line or f"# {state}: {run}")
-    total = ", ".join(f"{count} {state}" for state, count in counts.items())
-    print(f"{len(found)} runs: {total}", file=sys.stderr if todo else sys.stdout)
+    counts = Counter(re.sub(" to .*", " in part", state) for state, *_ in states)
+    total = (f"{count} {state}" for state, count in counts.items())
+    print(f"{len(states)} runs:", ", ".join(total), file=sys.stderr if todo else sys.stdout)
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,8 @@
 """The paper's figures (arXiv 2510.12096) and the studies beyond them, as data: which runs each of them needs.
 
 A figure is a list of cells. A cell is the flags that set its runs apart: always types, scales and regimes, and what
-else differs from `DEFAULTS`. A run's name follows from its cell alone, so figures that share a cell share its runs.
-Only studies with settings of their own (`depth`, `encoder-types`) name their cells themselves.
+else differs from `DEFAULTS`. A run is named by its cell, so figures that share a cell share its runs; only studies with
+settings of their own (`depth`, `encoder-types`) choose the names.
 """
 
 import itertools
@@ -14,16 +14,16 @@ REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 TYPES = (1, 2, 3, 4, 5, 6)
 SCALES = (1, 3, 5)
 TASKS = ("dog-run", "humanoid-run")
+BOTH = ("critic_sparsity", "actor_sparsity")
 DEFAULTS = {
     "residual": "pre", "distribution": "er", "growth": "rigl", "critic_sparsity": 0.6, "actor_sparsity": 0.6,
     "topology_update_interval": 1000, "drop_fraction": 0.5,
 }  # fmt: skip
-SIMBA_DEFAULTS = DEFAULTS | {"critic_sparsity": 0.8, "actor_sparsity": 0.8}
 
 
 def defaults(script: str) -> dict:
     """What the cells of a script leave out: the script's own defaults."""
-    return SIMBA_DEFAULTS if script in ("mst_sac", "mst_ddpg") else DEFAULTS
+    return DEFAULTS | dict.fromkeys(BOTH, 0.8) if script in ("mst_sac", "mst_ddpg") else DEFAULTS
 
 
 def grid(**axes: tuple) -> list[dict]:
@@ -32,14 +32,10 @@ def grid(**axes: tuple) -> list[dict]:
 
 
 def cells(base: dict, *changes: dict) -> tuple[dict, ...]:
-    """The base with each of the changes; equal cells once."""
-    found: list[dict] = []
-    for change in changes:
-        default = defaults(base["script"])
-        cell = {flag: value for flag, value in (base | change).items() if default.get(flag) != value}
-        if cell not in found:
-            found.append(cell)
-    return tuple(found)
+    """The base with each of the changes, without what is a default; equal cells once."""
+    default = defaults(base["script"])
+    found = [{flag: x for flag, x in (base | change).items() if default.get(flag) != x} for change in changes]
+    return tuple(cell for i, cell in enumerate(found) if cell not in found[:i])
 
 
 Size = Literal["paper", "small", "toy"]
@@ -66,7 +62,7 @@ class Figure:
     ours: str = ""  # what we chose, because the paper's text does not say it
     small: dict = field(default_factory=dict)  # what its cells have instead at small size
     names: tuple[str, ...] = ()  # experiment names of the cells, if not by their flags
-    settings: dict = field(default_factory=dict)  # of all its runs, but at small and toy size
+    settings: dict = field(default_factory=dict)  # of all its runs, but not at small and toy size
     first_seed: int = 1
 
 
@@ -136,11 +132,6 @@ def dimensions(scales: tuple[int, ...]) -> list[dict]:
     return [dict.fromkeys(axis, scale) for scale in scales for axis in axes]
 
 
-def sparsities(*values: float) -> list[dict]:
-    """The same sparsity for critic and actor."""
-    return [{"critic_sparsity": s, "actor_sparsity": s} for s in values]
-
-
 # MR.Q of arXiv 2501.16142; + Res: residual types; + MST: a regime per module
 MRQ_TYPES = {"script": "mst_mrq", "encoder_arch": 4, "critic_arch": 4, "actor_arch": 3, **modules(regime="dense")}
 RES_TYPES = {"encoder_arch": 6, "critic_arch": 6, "actor_arch": 5}
@@ -171,7 +162,9 @@ ACTOR_TYPES = cells(STRONG_ENCODER, *grid(actor_arch=TYPES, actor_regime=REGIMES
 ACTOR_SCALES = cells(STRONG_ENCODER, *grid(actor_arch=(1, 3, 5), actor_scale=SCALES, actor_regime=REGIMES))
 ACTOR_5X = cells(STRONG_ENCODER, *grid(actor_arch=(3, 5), actor_scale=(5,), actor_regime=REGIMES))
 METHODS = tuple(base | modules(scale=s) for s in SCALES for base in (MRQ, RES, RES | MST))
-MST_PARTS = ({}, {"distribution": "uniform"}, {"growth": "set"}, *sparsities(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+SPARSITIES = [dict.fromkeys(BOTH, sparsity) for sparsity in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)]
+MST_PARTS = cells(MRQ_MST_5X, {}, {"distribution": "uniform"}, {"growth": "set"}, *SPARSITIES[:-1])
+MST_SPARSITIES = cells(MRQ_MST_5X, *SPARSITIES[3:])
 SIMBA_SCALES = scaled(SAC, 1, 2, 3, 4, 5) + scaled(DDPG, 1, 2, 3, 4, 5)
 PAIRS = (("dense", "dense"), ("dst", "sst"), ("sst", "sst"), ("dst", "dst"), ("sst", "dst"))
 SAC_207M = SAC | {"width_scale": 4, "depth_scale": 3}
@@ -179,7 +172,6 @@ ASSIGNMENTS = cells(SAC_207M, *({"critic_regime": critic, "actor_regime": actor}
 RESIDUALS = cells(RES, *(modules(scale=s) | {"residual": residual} for s in (1, 3) for residual in ("pre", "post")))
 STRATEGIES = (*(modules(regime=regime) for regime in ("dense", "sst", "dst")), MST)
 ONE_OR_MST = tuple(RES | modules(scale=s) | regimes for s in SCALES for regimes in STRATEGIES)
-SPARSITIES = cells(MRQ_MST_5X, *sparsities(0.5, 0.6, 0.7, 0.8, 0.9, 0.95))
 RIGL = cells(MRQ_MST_5X, *grid(topology_update_interval=(100, 1000, 10_000), drop_fraction=(0.1, 0.3, 0.5)))
 
 # The study of depth, and one of encoders in its setting: minutes a run on one CPU core. Seeds up to 100 were a pilot's
@@ -206,18 +198,12 @@ FIGURES = {
     "fig09": Figure("Actor: return against parameters", ACTOR_SCALES),
     "fig10": Figure("Actor at scale 5: dormant ratio", ACTOR_5X),
     "fig11": Figure("MR.Q, with residuals, with MST", METHODS),
-    "fig12": Figure(
-        "MST at scale 5: distribution, growth, sparsity", cells(MRQ_MST_5X, *MST_PARTS), envs=("dog-run",),
-        ours="the values of sparsity; uniform for what the paper calls random",
-    ),
-    "fig13": Figure(
-        "SAC and DDPG: return against parameters", SIMBA_SCALES, envs=(*TASKS, "dog-trot", "humanoid-walk"),
-        ours="the tasks dog-trot and humanoid-walk; the scales",
-    ),
-    "fig14": Figure(
-        "SAC: regimes of critic and actor", ASSIGNMENTS, envs=("humanoid-run",),
-        ours="the five assignments", small={"width_scale": 1, "depth_scale": 1},
-    ),
+    "fig12": Figure("MST at scale 5: distribution, growth, sparsity", MST_PARTS, ("dog-run",),
+                    ours="the values of sparsity; uniform for what the paper calls random"),
+    "fig13": Figure("SAC and DDPG: return against parameters", SIMBA_SCALES, (*TASKS, "dog-trot", "humanoid-walk"),
+                    ours="the tasks dog-trot and humanoid-walk; the scales"),
+    "fig14": Figure("SAC: regimes of critic and actor", ASSIGNMENTS, ("humanoid-run",), ours="the five assignments",
+                    small={"width_scale": 1, "depth_scale": 1}),
     "fig17": Figure("Pre- and post-layer residuals", RESIDUALS, ours="the types 6, 6 and 5"),
     "fig18": Figure("Fig. 2 by task", ENCODER_TYPES),
     "fig19": Figure("Fig. 4 by task", ENCODER_SCALES),
@@ -230,24 +216,19 @@ FIGURES = {
     "fig26": Figure("MR.SAC: return against parameters", scaled(MRSAC, *SCALES), seeds=5, ours="the scales"),
     # Beyond the paper
     "one-strategy": Figure("One regime for all modules against MST", ONE_OR_MST, ours="all"),
-    "sparsity": Figure("MST at scale 5: sparsity of critic and actor", SPARSITIES, ours="all"),
+    "sparsity": Figure("MST at scale 5: sparsity of critic and actor", MST_SPARSITIES, ours="all"),
     "rigl": Figure("MST at scale 5: interval and drop fraction of RigL", RIGL, ours="all"),
-    "depth": Figure(
-        "Depth 1, 5 and 15 of MR.Q, with residuals, with MST", tuple(DEPTHS.values()), names=tuple(DEPTHS), **STUDY
-    ),
-    "encoder-types": Figure(
-        "Encoder types, dense and dst, at depth 1", tuple(ENCODERS.values()), names=tuple(ENCODERS), **STUDY
-    ),
+    "depth": Figure("Depth 1, 5 and 15 of MR.Q, with residuals, with MST", tuple(DEPTHS.values()),
+                    names=tuple(DEPTHS), **STUDY),
+    "encoder-types": Figure("Encoder types, dense and dst, at depth 1", tuple(ENCODERS.values()),
+                             names=tuple(ENCODERS), **STUDY),
 }  # fmt: skip
 
 
 def runs(
-    figure: str,
-    size: Size = "paper",
-    envs: tuple[str, ...] | None = None,
-    seeds: int | None = None,
+    figure: str, size: Size = "paper", envs: tuple[str, ...] | None = None, seeds: int | None = None,
     only: dict[str, tuple[str, ...]] | None = None,
-) -> list[Run]:
+) -> list[Run]:  # fmt: skip
     """The runs of a figure, seed by seed: wherever a study stops, its cells have the same number of runs, or one less.
 
     `envs` are other tasks than those of the size, `seeds` is the number of seeds, and `only` the values (as text) that
@@ -272,9 +253,7 @@ def runs(
         chosen = [(cell, name) for cell, name in chosen if value(cell, flag) in values]
     if not chosen:
         raise ValueError(f"no cell of {figure} has all of {only}")
-    if envs and len(set(envs)) < len(envs):
-        raise ValueError(f"a task is there twice: {', '.join(envs)}")
-    envs = envs or (declared.envs if size == "paper" else (TASK[size],))
+    envs = dict.fromkeys(envs or (declared.envs if size == "paper" else (TASK[size],)))
     first, count = declared.first_seed, seeds or SEEDS.get(size, declared.seeds)
     order = itertools.product(range(first, first + count), envs, chosen)
     return [Run(cell, env, seed, size, name, declared.settings) for seed, env, (cell, name) in order]

@@ -18,13 +18,10 @@ trap 'stop=${stop:-USR1}' USR1     # Slurm: the time limit is near
 trap : PIPE                        # nobody reads the output any more
 
 # The commands: all of the file, or those of this task
-jobs=1
-if [[ ${1-} == --jobs ]]; then
-    jobs=${2-} && shift 2
-fi
+jobs=1 lines=()
+[[ ${1-} == --jobs ]] && jobs=${2-} && shift 2
 [[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || usage "--jobs '$jobs' is not a number from 1 to 999"
 [[ $# == 1 && -r $1 && ! -d $1 ]] || usage "'$*' is not a file of commands"
-lines=()
 while read -r line || [[ $line ]]; do
     [[ ! $line || $line == "#"* ]] || lines+=("$line")
 done < <(tr -d '\r' <"$1")
@@ -39,7 +36,7 @@ fi
 for line in "${lines[@]}"; do # are they words alone? A function that nobody calls is parsed and not run
     [[ $line != *\\ ]] && eval "parsed() { words=($line"$'\n); }' 2>/dev/null || usage "not one plain command: $line"
 done
-mkdir -p logs || usage "no folder logs"
+mkdir -p logs 2>/dev/null || usage "no folder logs"
 
 # Cores and GPUs: those that Slurm gives, else those of this machine
 for cores in "${SLURM_CPUS_PER_TASK-}" "${SLURM_CPUS_ON_NODE-}" "$(nproc)" 1; do
@@ -66,16 +63,15 @@ start() { # a command, in the first free slot
     pid[slot]=$! running=$((running + 1))
 }
 
-watch() { # for a moment: pass a signal on, and see what has ended
-    local slot code signal
+look() { # for a moment: pass a signal on, and see what has ended
     sleep 0.2 # what was started before a signal came can receive it now
-    signal=$stop
+    local slot code signal=$stop
     for slot in "${!pid[@]}"; do
         [[ ${pid[slot]} ]] || continue
         [[ $signal == "$told" ]] || kill "-$signal" "${pid[slot]}" 2>/dev/null
         kill -0 "${pid[slot]}" 2>/dev/null && continue
         wait "${pid[slot]}" && code=0 || code=$?
-        [[ $signal ]] && ((code > 128)) && code=75 # it could not listen yet
+        [[ $stop ]] && ((code > 128)) && code=75 # it could not listen yet
         pid[slot]= running=$((running - 1))
         echo "exit code $code: ${log[slot]}"
         case $code in
@@ -91,15 +87,14 @@ watch() { # for a moment: pass a signal on, and see what has ended
 }
 
 for line in "${lines[@]}"; do
-    while ((running >= jobs)); do watch; done
+    while ((running >= jobs)); do look; done
     [[ $stop || $wrong ]] && again=75 && break
     start "$line"
 done
-while ((running)); do watch; done
+while ((running)); do look; done
 
 if [[ $again && ! $wrong && $stop == USR1 && ${SLURM_JOB_ID-} ]]; then
-    trap "" TERM # Slurm ends this script to requeue it
-    # the last task of an array has the id of the whole array as SLURM_JOB_ID
+    trap "" TERM # Slurm ends this script to requeue it. The SLURM_JOB_ID of a last task is that of the whole array
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 fi
 exit "${wrong:-${again:-${failed:-0}}}"
