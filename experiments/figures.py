@@ -239,12 +239,11 @@ def runs(
     declared = FIGURES[figure]
     changes = declared.small if size == "small" else {}
     names = declared.names or [""] * len(declared.cells)
-    named = [(cell | changes, name) for cell, name in zip(declared.cells, names, strict=True)]
+    named = chosen = [(cell | changes, name) for cell, name in zip(declared.cells, names, strict=True)]
 
     def value(cell: dict, flag: str) -> str:
         return str((defaults(cell["script"]) | declared.settings | cell).get(flag))
 
-    chosen = named
     for flag, values in (only or {}).items():
         known = {value(cell, flag) for cell, _ in named}
         if not known >= set(values):

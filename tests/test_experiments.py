@@ -1,13 +1,8 @@
-"""Figures as commands, the state of their runs, and `run.sh` with stand-ins for the training scripts.
-
-tests/slurm_check.py does the same on a real Slurm.
-"""
+"""Figures as commands, the state of runs, and `run.sh` with stand-ins for the scripts. More: tests/slurm_check.py."""
 
 import fcntl
 import importlib
 import itertools
-import json
-import math
 import os
 import random
 import re
@@ -24,9 +19,8 @@ from experiments.__main__ import main
 from experiments.figures import FIGURES, defaults, runs
 
 RUN_SH = Path(__file__).resolve().parents[1] / "experiments" / "run.sh"
-# The matrix of the paper's experiments, as cells, tasks, seeds: types x scales x regimes of section 3, the methods of
-# section 4 and App. D. Fig. 12: MST, uniform, SET, sparsity 0.2 to 0.9 but 0.6, which is MST. Fig. 13: two algorithms,
-# dense and MST, x1 and 4 larger in 3 ways. Fig. 26: dense and MST, x1 and 2 larger in 3 ways
+# The paper's matrix as cells, tasks, seeds: types x scales x regimes. Fig. 12: MST, uniform, SET, sparsity 0.2 to 0.9
+# but 0.6, which is MST. Fig. 13: two algorithms, dense and MST, x1 and 4 larger in 3 ways. Fig. 26: x1 and 2 larger
 MATRIX = {
     "fig02 fig05 fig07 fig08 fig18 fig20 fig23": (6 * 5, 2, 8), "fig04 fig09 fig19": (3 * 3 * 5, 2, 8),
     "fig06": (6 * 3 * 5, 2, 8), "fig03 fig10": (2 * 5, 2, 8), "fig11": (3 * 3, 2, 8), "fig12": (1 + 1 + 1 + 7, 1, 8),
@@ -41,7 +35,7 @@ def test_every_figure_has_the_cells_tasks_and_seeds_of_the_papers_matrix():
     assert expected.keys() == FIGURES.keys()
     for name, numbers in expected.items():
         axes = [{getattr(run, key) for run in runs(name)} for key in ("exp_name", "env", "seed")]
-        assert (*map(len, axes), len(runs(name))) == (*numbers, math.prod(numbers))
+        assert tuple(map(len, axes)) == numbers and len(runs(name)) == numbers[0] * numbers[1] * numbers[2]
 
 
 @pytest.mark.parametrize("size", ["paper", "small", "toy"])
@@ -58,37 +52,31 @@ def test_every_printed_command_is_what_its_cell_says_and_has_a_name_of_its_own(s
         assert (python, name) == ("python", "{env_id}__{exp_name}__{seed}".format(**args))
         expected = {flag: value for flag, value in (defaults(run.script) | run.settings).items() if flag in args}
         assert {flag: args[flag] for flag in expected} == expected
-        assert args["hidden_dim"] == {"paper": run.base.get("hidden_dim", 512), "small": 128, "toy": 32}[size]
     assert not by_directory
 
 
 def test_the_study_of_depth_has_its_declared_flags_and_is_balanced_wherever_it_stops():
-    expected = []
-    for seed, depth, name in itertools.product(range(101, 109), (1, 5, 15), ("mrq", "res", "mst")):
-        encoder, critic, actor = (4, 4, 3) if name == "mrq" else (6, 6, 5)
-        dst, sst = ("dst", "sst") if name == "mst" else ("dense", "dense")
+    dense, mst, expected = ("dense",) * 3, ("dense", "dst", "sst"), []
+    agents = {"mrq": (4, 4, 3, *dense), "res": (6, 6, 5, *dense), "mst": (6, 6, 5, *mst)}
+    for seed, depth, name in itertools.product(range(101, 109), (1, 5, 15), agents):
         line = f"""mst_mrq.py --env cartpole-swingup --seed {seed} --exp-name depth-{name}-d{depth} --hidden-dim 128
             --action-repeat 4 --batch-size 128 --buffer-size 20000 --learning-starts 1000 --total-timesteps 7000
-            --eval-interval 1000 --eval-episodes 5 --topology-update-interval 250 --encoder-arch {encoder}
-            --critic-arch {critic} --actor-arch {actor} --encoder-regime dense --critic-regime {dst}
-            --actor-regime {sst} --depth-scale {depth}"""
-        expected.append(line.split())
+            --eval-interval 1000 --eval-episodes 5 --topology-update-interval 250 --encoder-arch %s --critic-arch %s
+            --actor-arch %s --encoder-regime %s --critic-regime %s --actor-regime %s --depth-scale {depth}"""
+        expected.append((line % agents[name]).split())
     assert [run.arguments() for run in runs("depth")] == expected
 
 
-def test_commands_are_chosen_by_values_seeds_and_tasks_and_get_what_follows_two_dashes(capsys):
-    assert len(runs("fig12", only={"growth": ("rigl",)})) == 9 * 8  # what cells leave out is a value, too
-    main("commands fig17 --seeds 1 --envs a --only critic-scale=1 --only critic-scale=3 -- --no-cuda".split())
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 2  # pre and post, both scales
-    assert all(re.fullmatch(r"python mst_mrq.py --env a --seed 1 .* --no-cuda # a__mrq-\S+__1", x) for x in lines)
+def test_commands_of_some_values_seeds_and_tasks_get_what_follows_two_dashes(capsys):
+    only = [word for x in ("critic-scale=1", "critic-scale=3", "growth=rigl") for word in ("--only", x)]
+    main(["commands", "fig17", "--seeds", "1", "--envs", "a", *only, "--", "--no-cuda"])
+    assert len(re.findall("mst_mrq.py --env a --seed 1 .* --no-cuda # a__mrq-.*__1\n", capsys.readouterr().out)) == 4
 
 
 WRONG = {
     "commands fig99": "choose one of fig02", "commands fig06 --sedes 3": "unrecognized arguments: --sedes",
     "commands fig06 --seeds 0": "0 is not a number", "commands fig06 --only critic-arch=9": "choose from 1, 2, 3, 4, 5",
-    "commands fig06 --only critic-arc=4": "choose from actor_arch", "commands fig06 --only critic-arch": "choose from",
-    "commands fig06 -- --seed=4": "before --", "status nowhere": "nowhere", "plot fig06": "choose from 'list'",
+    "commands fig06 --only x=4": "choose from actor_arch", "commands fig06 -- --seed=4": "before --", "status ab": "ab",
 }  # fmt: skip
 
 
@@ -106,31 +94,26 @@ def test_status_tells_the_state_of_every_run_and_which_commands_are_left(tmp_pat
     for seed, step in enumerate([1000, 500, 500, "a", None]):
         run = Path(f"runs/a__mst_sac__{seed}")
         run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps({"args": {"total_timesteps": 1000}}))
+        (run / "config.json").write_text('{"args": {"total_timesteps": 1000}}')
         if step:
             (run / "eval.csv").write_text(f"agent_step,wall_seconds\n{step},1000,12.5,1.0,5,7200.0\n")
     with open("runs/a__mst_sac__2/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        main(["status", "a.txt"])
-        main(["status", "runs"])
+        main(["status", "a.txt", "runs"])
         *found, counts = capsys.readouterr().out.splitlines()
         main(["status", "--todo", "a.txt"])
-    states = ["finished", "trained to 500", "running", "damaged", "stopped", "not started"]
-    assert [line[:18].strip() for line in found[:6]] == states
+    assert ",".join(x[:18].strip() for x in found[:6]) == "finished,trained to 500,running,damaged,stopped,not started"
     assert re.fullmatch("finished +runs/a__mst_sac__0  return 12.5 after 2.0 h", found[0])
-    assert counts == "5 runs: 1 finished, 1 trained in part, 1 running, 1 damaged, 1 stopped"  # without "not started"
+    assert counts == "11 runs: 2 finished, 2 trained in part, 2 running, 2 damaged, 2 stopped, 1 not started"
     assert capsys.readouterr().out.splitlines() == [lines[seed] for seed in (1, 3, 4, 5)]
 
 
-# Takes steps until it has all. Stopped by a signal, it saves how many, and ends with 75 or the given code
 STAND_IN = """
 import fcntl, os, pathlib, signal, sys, time
 flags, stop = dict(zip(sys.argv[1::2], sys.argv[2::2])), []
 fcntl.flock(lock := open(flags["--seed"] + ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-time.sleep(0.1)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-    if signal.getsignal(number) != signal.SIG_IGN:
-        signal.signal(number, lambda number, _: stop.append(number))
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, lambda number, _: stop.append(number))
 print("gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads", os.environ["OMP_NUM_THREADS"], flush=True)
 saved = pathlib.Path(flags["--seed"] + ".step")
 step = int(saved.read_text()) if saved.exists() else 0
@@ -138,17 +121,14 @@ while step < int(flags.get("--steps", 0)) and not stop:
     time.sleep(0.01)
     step += 1
 saved.write_text(str(step))
-print("it ended", stop or "by itself", flush=True)
 sys.exit(int(flags.get("--code", 75 if stop else 0)))
 """
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Start `run.sh` on these lines, where `t` is the stand-in, and `scontrol` writes down how it is called."""
+    """Start `run.sh` on lines where `t` takes steps, and saves how many. `scontrol` writes down how it is called."""
     monkeypatch.chdir(tmp_path)
-    for name in [x for x in os.environ if x.startswith(("SLURM_", "CUDA_", "OMP_"))]:
-        monkeypatch.delenv(name)
     Path("t.py").write_text(STAND_IN)
     Path("bin").mkdir()
     programs = {"scontrol": "echo $* >>requeued", "nvidia-smi": "cat gpus", "t": f'exec {sys.executable} -S t.py "$@"'}
@@ -158,29 +138,23 @@ def start(tmp_path, monkeypatch):
 
     def call(*lines: str, jobs: object = 1, **environ) -> subprocess.Popen:
         Path("a file").write_text("\n".join(lines))
-        line, environ = [RUN_SH, "--jobs", str(jobs), "a file"], {"PATH": f"bin:{os.environ['PATH']}", **environ}
-        return subprocess.Popen(line, env=os.environ | environ, stdout=-1, stderr=-2, text=True, start_new_session=True)
+        line, env = [RUN_SH, "--jobs", str(jobs), "a file"], {"PATH": f"bin:{os.environ['PATH']}", **environ}
+        return subprocess.Popen(line, env=env, stdout=-1, stderr=-2, text=True, start_new_session=True)
 
     return call
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    out, _ = process.communicate(timeout=60)
-    return process.returncode, out
-
-
-def logs() -> str:
-    return "".join(path.read_text() for path in sorted(Path().glob("logs/*.log")))
+    return process.wait(60), process.stdout.read()
 
 
 def test_a_failure_stops_no_other_and_status_tells_how_it_ended(start, capsys):
     lines = ["# c", "", "t --env a --code 3 --seed 1 # ä/b c\r", "  OMP_NUM_THREADS=7 t --seed '2 #'  \r", "t --seed 3"]
-    code, out = end(start(*lines, jobs=2))  # the end of the failed log is shown
-    assert (code, out.count("exit code 0"), out.count("it ended by itself")) == (1, 2, 1)
-    names = {"---b-c.log", "OMP_NUM_THREADS=7-t---seed--2---.log", "t---seed-3.log"}
-    assert ({x.name for x in Path("logs").iterdir()}, "threads 7" in logs()) == (names, True)
+    code, out = end(start(*lines, jobs=2))
+    assert (code, out.count("exit code 0"), out.count("gpu None threads")) == (1, 2, 1)  # the end of the failed log
+    assert "threads 7" in Path("logs/OMP_NUM_THREADS=7-t---seed--2---.log").read_text()
     main(["status", "a file"])
-    assert re.search("^failed .* exit code 3, see logs/---b-c.log: it ended by itself$", capsys.readouterr().out, re.M)
+    assert re.search("^failed .* exit code 3, see logs/---b-c.log: gpu None", capsys.readouterr().out, re.M)
 
 
 BAD = [{"jobs": jobs} for jobs in ("0", "", "a", "-1", "1.5", "1000", "08", "2 x")]
@@ -203,8 +177,7 @@ GPU, MIG = "GPU {0}: A (UUID: GPU-a{0})\n", "  MIG 1g.5gb Device 0: (UUID: MIG-b
 IN_TURN = [
     ({"CUDA_VISIBLE_DEVICES": "2,GPU-7,MIG-GPU-8/1/0"}, "", ["2", "GPU-7", "MIG-GPU-8/1/0", "2"]),
     ({}, GPU.format(0) + GPU.format(1), ["GPU-a0", "GPU-a1"] * 2), ({}, GPU.format(0) + MIG, ["MIG-b1"] * 4),
-    ({"SLURM_JOB_ID": "3"}, GPU.format(0), ["None"] * 4),  # none of this node's belong to the job
-    ({"CUDA_VISIBLE_DEVICES": ""}, GPU.format(0), [""] * 4),
+    ({"SLURM_JOB_ID": "3"}, GPU.format(0), ["None"] * 4), ({"CUDA_VISIBLE_DEVICES": ""}, GPU.format(0), [""] * 4),
 ]  # fmt: skip
 
 
@@ -213,7 +186,8 @@ def test_commands_get_the_gpus_in_turn_and_their_share_of_the_cores(start, envir
     Path("gpus").write_text(smi)
     environ |= {"SLURM_CPUS_PER_TASK": "4(x2)", "SLURM_CPUS_ON_NODE": "9"}
     assert end(start(*(f"t --seed {i} --steps 50" for i in range(4)), jobs=4, **environ))[0] == 0
-    assert re.findall("gpu (.*) threads 2", logs()) == gpus
+    logs = "".join(path.read_text() for path in sorted(Path("logs").iterdir()))
+    assert re.findall("gpu (.*) threads 2", logs) == gpus
 
 
 def test_a_task_of_an_array_takes_its_lines_and_the_last_one_says_what_is_left(start):
@@ -226,12 +200,12 @@ def test_a_task_of_an_array_takes_its_lines_and_the_last_one_says_what_is_left(s
 @pytest.mark.parametrize("to", [os.kill, os.killpg])
 def test_a_signal_at_any_moment_loses_no_step_and_leaves_no_process(start, to):
     done, lines = 0, [f"t --seed {i} --steps 150" for i in range(3)]
-    for number in random.sample("TERM INT USR1 HUP QUIT".split(), 5):
+    for number in random.sample(["TERM", "INT", "USR1", "HUP", "QUIT"], 5):
         process = start(*lines, jobs=2)
         time.sleep(0.05 + random.random())
         to(process.pid, signal.Signals[f"SIG{number}"])
         code, out = end(process)
-        for lock in Path().glob("*.lock"):
+        for lock in Path().glob("*.lock"):  # nobody lives
             fcntl.flock(open(lock), fcntl.LOCK_EX | fcntl.LOCK_NB)
         before, done = done, sum(int(path.read_text()) for path in Path().glob("*.step"))
         assert code in (75, 0) and done >= before, (number, out)
@@ -239,7 +213,7 @@ def test_a_signal_at_any_moment_loses_no_step_and_leaves_no_process(start, to):
     assert [Path(f"{i}.step").read_text() for i in range(3)] == ["150"] * 3
 
 
-# After the warning of the time limit alone: not after a failure, or scancel; preempted jobs are requeued by Slurm itself
+# After the warning of the time limit alone: not after a failure, or scancel. What it preempts, Slurm requeues by itself
 REQUEUED = {("USR1", 75): True, ("USR1", 1): False, ("USR1", 0): False, ("TERM", 75): False, ("USR1 TERM", 75): False}
 
 
@@ -247,7 +221,7 @@ REQUEUED = {("USR1", 75): True, ("USR1", 1): False, ("USR1", 0): False, ("TERM",
 def test_a_task_requeues_itself_near_its_time_limit_if_a_command_has_to_go_on(start, how, requeued):
     environ = {"SLURM_JOB_ID": "21", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
     process = start(f"t --seed 1 --steps 6000 --code {how[1]}", **environ)
-    while "gpu" not in logs():
+    while not any("gpu" in path.read_text() for path in Path().glob("logs/*")):
         time.sleep(0.02)
     for name in how[0].split():
         process.send_signal(signal.Signals[f"SIG{name}"])
