@@ -104,7 +104,7 @@ def state_of(run: Path, line: str) -> tuple[str, str]:
         if (run / "eval.csv").exists():
             total = json.loads((run / "config.json").read_text())["args"]["total_timesteps"]
             step, _, mean, _, _, seconds = (run / "eval.csv").read_text().splitlines()[-1].split(",")
-            step, more = int(step), f"return {float(mean):.1f} after {float(seconds) / 3600:.1f} h"
+            step, more = int(step), f"return {float(mean):.1f} after {float(seconds) / 3600:.2f} h"
             if step == total:
                 return "finished", more
         with open(run / ".lock") as lock:

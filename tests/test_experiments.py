@@ -103,7 +103,7 @@ def test_status_tells_the_state_of_every_run_and_which_commands_are_left(tmp_pat
         *found, counts = capsys.readouterr().out.splitlines()
         main(["status", "--todo", "a.txt"])
     assert ",".join(x[:18].strip() for x in found[:6]) == "finished,trained to 500,running,damaged,stopped,not started"
-    assert re.fullmatch("finished +runs/a__mst_sac__0  return 12.5 after 2.0 h", found[0])
+    assert re.fullmatch("finished +runs/a__mst_sac__0  return 12.5 after 2.00 h", found[0])
     assert counts == "11 runs: 2 finished, 2 trained in part, 2 running, 2 damaged, 2 stopped, 1 not started"
     assert capsys.readouterr().out.splitlines() == [lines[seed] for seed in (1, 3, 4, 5)]
 
