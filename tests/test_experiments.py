@@ -112,6 +112,7 @@ STAND_IN = """
 import fcntl, os, pathlib, signal, sys, time
 flags, stop = dict(zip(sys.argv[1::2], sys.argv[2::2])), []
 fcntl.flock(lock := open(flags["--seed"] + ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+time.sleep(0.3)  # a signal ends it until here, as it ends a script that is being imported
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, lambda number, _: stop.append(number))
 print("gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads", os.environ["OMP_NUM_THREADS"], flush=True)
@@ -202,7 +203,7 @@ def test_a_signal_at_any_moment_loses_no_step_and_leaves_no_process(start, to):
     done, lines = 0, [f"t --seed {i} --steps 150" for i in range(3)]
     for number in random.sample(["TERM", "INT", "USR1", "HUP", "QUIT"], 5):
         process = start(*lines, jobs=2)
-        time.sleep(0.05 + random.random())
+        time.sleep(0.05 + 1.5 * random.random() ** 2)
         to(process.pid, signal.Signals[f"SIG{number}"])
         code, out = end(process)
         for lock in Path().glob("*.lock"):  # nobody lives
