@@ -150,13 +150,7 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_a_failure_stops_no_other_and_status_tells_how_it_ended(start, capsys):
-    lines = [
-        "",
-        "# c",
-        "t --env a --seed 1 --code 3 # ä/b\r",
-        " OMP_NUM_THREADS=7 t --seed 2\r",
-        "t --seed 3 --code 75",
-    ]
+    lines = ["", "# c", "t --env a --seed 1 --code 3 # ä/b\r", " OMP_NUM_THREADS=7 t --seed 2", "t --code 75 --seed 3"]
     code, out = end(start(*lines, jobs=2))
     assert (code, out.count("exit code 0"), out.count("gpu None threads")) == (75, 1, 1)  # the end of the failed log
     assert "threads 7" in Path("logs/OMP_NUM_THREADS=7-t---seed-2.log").read_text()
