@@ -636,8 +636,8 @@ def flat(space: gym.Space, obs) -> np.ndarray:
     """An observation as a float32 vector, NaN if it is not of its space. The bounds of Boxes are not looked at."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flat(part, obs.get(key)) for key, part in space.items()])
-    if isinstance(space, gym.spaces.Box) and np.shape(obs) == space.shape:
-        return np.asarray(obs, np.float32).ravel()
+    if isinstance(space, gym.spaces.Box):
+        return np.float32(obs if np.shape(obs) == space.shape else [np.nan]).ravel()
     return np.float32(gym.spaces.flatten(space, obs) if space.contains(obs) else [np.nan])
 
 
@@ -652,10 +652,9 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"no {args.env_id}: {error} Install its package (pip install -e) or name its folder in PYTHONPATH")
     box, space = env.action_space, env.observation_space
-    if not (isinstance(box, gym.spaces.Box) and box.dtype.kind == "f" and len(box.shape) == 1 and box.is_bounded()):
-        fail(f"{args.env_id} has actions {box}: agents need a flat, bounded Box of real numbers")
-    if not space.is_np_flattenable:
-        fail(f"{args.env_id} has observations {space}: agents need a fixed number of them")
+    flat_box = isinstance(box, gym.spaces.Box) and box.dtype.kind == "f" and len(box.shape) == 1 and box.is_bounded()
+    if not (flat_box and (box.low < box.high).all() and space.is_np_flattenable):
+        fail(f"{args.env_id} has actions {box}, observations {space}: needed are a bounded Box and a fixed number")
     limits = [x for x in (args.max_episode_steps, limit and math.ceil(limit / repeat)) if x]  # in agent steps
     args.action_repeat, args.max_episode_steps = repeat, min(limits, default=None)
     env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # rounding may leave it
@@ -666,11 +665,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     def vector(obs) -> np.ndarray:
         if np.isfinite(flat_obs := flat(space, obs)).all():
             return flat_obs
-        given = " ".join(f"{obs}".split())
-        sys.exit(
-            f"error: the observation of {args.env_id} at step {episode.episode_lengths} of an episode is not finite "
-            f"or not of its space: {given:.300}"
-        )
+        given, step = " ".join(f"{obs}".split()), f"{args.env_id}, at step {episode.episode_lengths} of an episode"
+        sys.exit(f"error: {step}, gives an observation that is not finite or not of its space: {given:.300}")
 
     env = gym.wrappers.TransformObservation(env, vector, gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),)))
     return gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1, 1), repeat)
@@ -724,11 +720,8 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
     if rows and rows[-1].startswith(f"{args.total_timesteps},"):
         say(f"{run_dir} is finished; to train anew, choose another --exp-name or --seed, or delete it")
         sys.exit(0)
-    if files & {"eval.csv", "metrics.csv", "agent.pt", "checkpoint.pt"} and not files >= {
-        "config.json",
-        "checkpoint.pt",
-    }:
-        fail(f"{run_dir} has results and no checkpoint.pt with its config.json to go on from: move it away")
+    if files & {"eval.csv", "metrics.csv", "agent.pt", "checkpoint.pt"} and {"config.json", "checkpoint.pt"} - files:
+        fail(f"{run_dir} has results, but no checkpoint.pt with its config.json: move it, or choose another --exp-name")
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -749,8 +742,7 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     for name, value in vars(args).items():
         low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
-        shares = ("gamma", "tau", "drop_fraction", "schedule_start", "schedule_end")
-        high = 1 if name in shares else 0.999 if name.endswith("sparsity") else math.inf
+        high = 1 if re.search("gamma|tau|fraction|schedule", name) else 0.999 if "sparsity" in name else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
             fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
@@ -826,6 +818,7 @@ def main() -> int:
             write(checkpoint_pt, state)
             saved = run.wall_seconds
         if stop:
+            finished = False  # not if a signal comes later
             break
         evaluated = finished or run.step % args.eval_interval == 0
         if evaluated:
@@ -875,7 +868,7 @@ def main() -> int:
     writer.close()
     for each in (env, *envs):
         each.close()
-    if stop:
+    if not finished:
         say(f"stopped at agent step {run.step:,}; start the same command again to go on")
         return 75  # EX_TEMPFAIL
     weights = {name: value for name, value in agent.state_dict().items() if "_target." not in name}

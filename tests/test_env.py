@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 import os
 import re
+import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -39,7 +41,8 @@ class Tiny(gym.Env):
     def step(self, action):
         self.t, self.age, self.action = self.t + 1, self.age + 1, action
         ends = self.t == self.length
-        return self.obs(self), self.reward(self), ends and self.terminates, ends and not self.terminates, {}
+        ended = np.array([ends and self.terminates]), ends and not self.terminates
+        return self.obs(self), self.reward(self), *ended, {"episode": None, "contacts": np.zeros(id(self) % 7)}
 
 
 def register(limit=None, **parts) -> None:
@@ -103,20 +106,27 @@ def test_a_replayed_episode_goes_on_bit_for_bit(env_id):
 
 # ACTIONS
 NO_BOX = [spaces.MultiDiscrete([2, 3]), spaces.Discrete(3), spaces.Dict(a=Box(-1, 1, (2,))), Box(0, 10, (2,), np.int64)]
-NOT_FLAT = [Box(-1, 1, (2, 2)), Box(-1, 1, ()), Box(-INF, INF, (2,)), Box(-1, INF, (2,))]
+NOT_FLAT = [
+    Box(np.float32([0, -1]), np.float32([0, 1])),
+    Box(-1, 1, (2, 2)),
+    Box(-1, 1, ()),
+    Box(-INF, INF, (2,)),
+    Box(-1, INF, (2,)),
+]
 
 
 @pytest.mark.parametrize("actions", [*NO_BOX, *NOT_FLAT], ids=str)
 def test_actions_that_no_rescaling_serves_are_refused_in_a_line(run, actions):
     register(actions=actions)
-    assert_one_error(run(), 2, f"{ID} has actions {actions}", "a flat, bounded Box of real numbers")
+    assert_one_error(run(), 2, f"{ID} has actions {actions}", "a bounded Box")
 
 
 BOXES = [(dtype([-1, 0]), dtype([1, 10]), 0.5, dtype([0.5, 7.5])) for dtype in (np.float32, np.float64)]
+BOXES.append((np.float32([-0.33]), np.float32([0.87]), 1.0, np.float32([0.87])))  # RescaleAction alone: 0.87000006
 
 
 @pytest.mark.parametrize(("low", "high", "action", "rescaled"), BOXES, ids=str)
-def test_actions_in_minus_1_to_1_are_rescaled_to_the_box(low, high, action, rescaled):
+def test_actions_in_minus_1_to_1_are_rescaled_to_the_box_and_never_leave_it(low, high, action, rescaled):
     env = make(actions=Box(low, high, dtype=low.dtype))
     third_step(env, action)
     assert env.unwrapped.action.tolist() == rescaled.tolist()
@@ -133,7 +143,11 @@ def test_any_one_number_is_a_reward(reward, repeat):
 BYTES, DICT = Box(0, 255, (1, 2), np.uint8), spaces.Dict(b=Box(-1, 1, (2,)), a=spaces.Discrete(3), c=Box(0, 9, ()))
 GOOD = {"a": 1, "b": np.ones(2), "c": 7}
 FLAT = [(BYTES, np.array([[3, 4]]), [3, 4]), (Box(-1, 1, (3,)), [0.5, 0, 1.1], [0.5, 0, 1.1])]
-FLAT += [(DICT, GOOD, [1, 1, 0, 1, 0, 7]), (spaces.Discrete(3), 2, [0, 0, 1])]
+FLAT += [
+    (BYTES, np.array([[0.5, 0.25]]), [0.5, 0.25]),
+    (DICT, GOOD, [1, 1, 0, 1, 0, 7]),
+    (spaces.Discrete(3), 2, [0, 0, 1]),
+]
 
 
 @pytest.mark.parametrize(("space", "obs", "flat"), FLAT, ids=str)
@@ -160,13 +174,40 @@ def test_an_observation_that_is_not_of_its_space_ends_the_run_in_a_line_that_nam
 
 def test_observations_without_a_fixed_length_are_refused_in_a_line(run):
     register(observations=spaces.Sequence(Box(-1, 1, (2,))))
-    assert_one_error(run(), 2, f"{ID} has observations Sequence")
+    assert_one_error(run(), 2, "observations Sequence")
 
 
 @all_scripts
 def test_a_reward_that_is_not_finite_ends_the_run_in_a_line(run):
     register(reward=lambda env: NAN if env.age == 45 else 1.0)  # an evaluation takes 9 steps of each environment
     assert_one_error(run(), 1, ID, "reward nan", "agent step 44")
+
+
+def test_an_action_of_the_actor_that_is_not_finite_ends_the_run_in_a_line(run, monkeypatch):
+    register()
+    monkeypatch.setattr("mst_mrq.Agent.explore", lambda *args: np.float32([NAN, 0]))
+    assert_one_error(run(), 1, "action at agent step 0", "nan")
+
+
+class Threaded(Tiny):
+    """Starts a thread that ends when it is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.closed = threading.Event()
+        threading.Thread(target=self.closed.wait).start()
+
+    def close(self):
+        self.closed.set()
+
+
+gym.register("Threaded-v0", Threaded)
+
+
+@pytest.mark.parametrize(("at", "code"), [((), 0), (("ReplayBuffer.add", 50, signal.SIGTERM), 75)])
+def test_environments_are_closed_so_that_their_threads_end(tmp_path, at, code):
+    ended = life("mst_mrq", "--env", "test_env:Threaded-v0", "--total-timesteps", "60", cwd=tmp_path, at=at)
+    assert (ended.code, ended.err) == (code, "")
 
 
 def test_an_error_of_the_environment_keeps_its_traceback(run):
@@ -252,6 +293,7 @@ REFUSED = {  # and words of the one line
     "--initial-temperature 0": "--initial-temperature 0.0: write a number from 0.001",
     "--critic-sparsity 1": "--critic-sparsity 1.0: write a number from 0 to 0.999",
     "--drop-fraction 1.5": "--drop-fraction 1.5",
+    "--schedule-start 2": "--schedule-start 2.0",
     "--env dog-rum": "dog-rum is neither a task of the DeepMind Control suite",
     "--env HalfCheetah": "HalfCheetah is neither",
     "--env HalfCheeta-v5": "Did you mean: `HalfCheetah`",
@@ -296,7 +338,7 @@ def test_too_large_a_buffer_ends_with_its_flag_and_the_table_names_its_size(main
 def test_a_run_that_trains_nothing_says_so(main):
     ended = main("--learning-starts", "500", "--total-timesteps", "30")
     assert ended.code == 0
-    assert ended.err == "warning: nothing will be trained: --learning-starts is not below --total-timesteps\n"
+    assert ended.err == "warning: nothing will be trained: --learning-starts is beyond --total-timesteps\n"
 
 
 @all_scripts
