@@ -4,28 +4,28 @@
     python benchmarks/speed.py --scripts mst_sac --scales 1 w4d3 --modes eager    # w4d3: width scale 4, depth scale 3
     python benchmarks/speed.py --scripts mst_mrq --scales 1 --modes eager --processes 1 2 4 8
     python benchmarks/speed.py --scales 1 --modes eager --against ../another-checkout
-    python benchmarks/speed.py --show speed.csv                                   # the table of an earlier measurement
 
 Every mode of a script is a process of its own, with MST's regimes on dog-run. They all start together and then work in
 turns, so that a busy machine slows all of them. Measured are the milliseconds of each update, the agent steps per
-second of the training loop (acting, the environment, storing, all updates; no evaluations), and the memory. Modes:
-`eager`, `compile`, and on a GPU `graphs` and `compile+graphs`. A table shows medians; the CSV holds every value.
+second of the training loop (acting, the environment, storing, all updates; no evaluations), and the memory at most.
+Modes: `eager`, `compile`, and on a GPU `graphs` and `compile+graphs`. A table has medians, the CSV every value.
 """
 
 import argparse
 import csv
 import datetime
 import importlib
+import itertools
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,25 +34,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("mst_mrq", "mst_sac", "mst_ddpg", "mst_mrsac")
 CUDA = torch.cuda.is_available()
+UPDATES = ("update_encoder", "update_critic_and_actor")
 MODES = ("eager", "graphs", "compile", "compile+graphs") if CUDA else ("eager", "compile")
 
 
 # IN A PROCESS OF ITS OWN
-def work(pipe: Connection, root: Path, script: str, scale: str, mode: str, period: int, clock: Callable) -> None:
-    """Sends the names of the updates, then answers each (what, times) with the mean seconds that it took."""
+def work(pipe, flags: argparse.Namespace, root: Path, script: str, scale: str, mode: str) -> None:
+    """Sends the names of the updates, then answers each (what, times) with its mean seconds and the peak GiB."""
     os.environ.setdefault("MUJOCO_GL", "disable")
-    sys.path.insert(0, str(root))
+    sys.path.insert(0, str(root.resolve()))
     module = importlib.import_module(script)
     width, _, depth = scale.lstrip("w").partition("d")
     args = module.Args(env_id="dog-run", width_scale=float(width), depth_scale=float(depth or width))
     args.compile, args.cuda_graphs, args.max_episode_steps = "compile" in mode, "graphs" in mode, 500
-    if hasattr(args, "target_network_frequency"):
-        args.target_network_frequency = period
+    args.target_network_frequency = flags.period  # of MR.Q's scripts
     torch.set_flush_denormal(True)  # this and the next as in main()
     if CUDA:
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_stream(torch.cuda.Stream())
-    older = hasattr(module, "AgentEnv")  # a checkout of before `make_env`
+    older = hasattr(module, "AgentEnv")  # a checkout from before `make_env`
     env = module.AgentEnv(args) if older else module.make_env(args)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     device = torch.device("cuda" if CUDA else "cpu")
@@ -77,116 +77,79 @@ def work(pipe: Connection, root: Path, script: str, scale: str, mode: str, perio
             agent.train_step(rb)
             agent.eval()
 
-    for _ in range(600):
-        agent_step(train=False)
-    updates = {"critic and actor update": agent.update_critic_and_actor}
-    if hasattr(agent, "encoder"):
-        updates = {"encoder update": agent.update_encoder} | updates
-        agent.update_targets(rb)
-    agent.train()
-    for update in updates.values():
-        for _ in range(4):  # compiles; as a graph, two eager calls come first, then the capture
-            update(rb)
-
-    def memory() -> tuple[float, float]:
-        """GiB at most so far, and of what training has to hold: weights, targets, gradients, moments, masks, buffer."""
-        peak = torch.cuda.max_memory_reserved() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        held = [
-            *agent.state_dict().values(),
-            *(p for p in agent.parameters() if p.requires_grad),
-        ]  # for their gradients
-        held += [x for optimizer in agent.optimizers.values() for s in optimizer.state.values() for x in s.values()]
-        held += [mask for sparsifier in agent.sparsifiers.values() for mask in sparsifier.masks.values()]
-        return peak / 2**30, (sum(x.nbytes for x in held) + rb.storage.nbytes) / 2**30
-
-    def timed(what: str, times: int) -> float:
-        if CUDA:
-            torch.cuda.synchronize()
+    for step in range(604):  # the last ones train: they compile, and capture graphs
+        agent_step(train=step >= 600)
+    updates = {name: getattr(agent, name) for name in UPDATES if hasattr(agent, name)}
+    pipe.send([*updates])
+    # Another process adds to the time on the wall, and less to that of the processor
+    clock = time.process_time if flags.against and not CUDA else time.perf_counter
+    synchronize = torch.cuda.synchronize if CUDA else lambda: None
+    while True:
+        what, times = pipe.recv()
+        synchronize()
         start = clock()
         for _ in range(times):
             agent_step() if what == "agent step" else updates[what](rb)
-        if CUDA:
-            torch.cuda.synchronize()
-        return (clock() - start) / times
-
-    pipe.send([*updates])
-    while True:
-        what, times = pipe.recv()
-        pipe.send(memory() if what == "memory" else timed(what, times))
+        synchronize()
+        seconds = (clock() - start) / times
+        peak = torch.cuda.max_memory_reserved() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((seconds, peak / 2**30))
 
 
-# THE MEASUREMENT
-class Worker:
-    """A script in one mode, in a process of its own."""
-
-    def __init__(self, flags, script: str, scale: str, mode: str, root: Path = ROOT):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        # A busy machine adds to the time on the wall, and less to that of the processor
-        clock = time.process_time if flags.against and not CUDA else time.perf_counter
-        how = (theirs, root, script, scale, mode, flags.period, clock)
-        self.process = context.Process(target=work, args=how, daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, what: str, times: int = 1) -> None:
-        self.pipe.send((what, times))
-
-    def answer(self):
-        return self.pipe.recv()  # EOFError: it has died
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
+# THE MEASUREMENT: as (mode, what, unit, values)
+def start(*args) -> tuple:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, *args), daemon=True)
+    process.start()
+    theirs.close()
+    return process, pipe
 
 
-def in_turns(flags, script: str, scale: str, report: Callable) -> None:
-    """The updates of every mode and of both checkouts; of this one alone also the training loop and the memory."""
-    roots = {"": ROOT} | ({" there": flags.against.resolve()} if flags.against else {})
-    workers = {mode + x: Worker(flags, script, scale, mode, root) for mode in flags.modes for x, root in roots.items()}
-    names = []
-    for mode, worker in list(workers.items()):
+def in_turns(flags: argparse.Namespace, script: str, scale: str) -> Iterator[tuple]:
+    """The updates of every mode here and there. Without another checkout, also the training loop and the memory."""
+    roots = {"": ROOT, " there": flags.against} if flags.against else {"": ROOT}
+    workers = {mode + x: start(flags, root, script, scale, mode) for mode in flags.modes for x, root in roots.items()}
+    names, gib, values = [], {}, {}
+    for mode, (_, pipe) in list(workers.items()):
         try:
-            names = worker.answer()
+            names = pipe.recv()
         except EOFError:
             print(f"{script} {scale}: {mode} did not start, see above", file=sys.stderr)
-            workers.pop(mode)
-    values = {}
+            del workers[mode]
     for turn in range(flags.rounds + 1):
         for mode in list(workers)[:: 1 if turn % 2 else -1]:
             whats = dict.fromkeys(names, flags.repeat)
             if turn < 3 and not flags.against:
                 whats["agent step"] = flags.period
             for what, times in whats.items():
-                workers[mode].ask(what, times)
-                values.setdefault((what, mode), []).append(workers[mode].answer())
-    for mode, worker in workers.items():
+                workers[mode][1].send((what, times))
+                seconds, gib[mode] = workers[mode][1].recv()
+                values.setdefault((mode, what), []).append(seconds)
+    for mode, (process, _) in workers.items():
+        process.kill()
         for name in names:  # the first turn warms up
-            report(script, scale, mode, name, "ms", [1000 * x for x in values[name, mode][1:]])
+            yield mode, name, "ms", [1000 * x for x in values[mode, name][1:]]
         if not flags.against:
-            report(script, scale, mode, "training loop", "steps/s", [1 / x for x in values["agent step", mode]])
-            worker.ask("memory")
-            for what, gib in zip(("peak memory", "what must be held"), worker.answer(), strict=True):
-                report(script, scale, mode, what, "GiB", [gib])
-        worker.end()
+            yield mode, "training loop", "steps/s", [1 / x for x in values[mode, "agent step"]]
+            yield mode, "memory at most", "GiB", [gib[mode]]
     for mode in flags.modes if flags.against else ():
-        here, there = (np.sum([values[name, mode + x][1:] for name in names], 0) for x in roots)
-        report(script, scale, mode, "all updates, by those there", "ratio", list(here / there))
+        here, there = (np.sum([values[mode + x, name][1:] for name in names], 0) for x in roots)
+        yield mode, "all updates, by those there", "ratio", list(here / there)
 
 
-def together(flags, script: str, scale: str, report: Callable) -> None:
+def together(flags: argparse.Namespace, script: str, scale: str) -> Iterator[tuple]:
     """Agent steps per second of several processes at once, all in all."""
     for mode in flags.modes:
-        workers = [Worker(flags, script, scale, mode) for _ in range(max(flags.processes))]
-        for worker in workers:
-            worker.answer()
+        workers = [start(flags, ROOT, script, scale, mode) for _ in range(max(flags.processes))]
+        for _, pipe in workers:
+            pipe.recv()
         for n in flags.processes:
-            for worker in workers[:n]:
-                worker.ask("agent step", 2 * flags.period)
-            rate = sum(1 / worker.answer() for worker in workers[:n])
-            report(script, scale, mode, f"training loop, {n} processes", "steps/s", [rate])
-        for worker in workers:
-            worker.end()
+            for _, pipe in workers[:n]:
+                pipe.send(("agent step", 2 * flags.period))
+            yield mode, f"training loops of {n}", "steps/s", [sum(1 / pipe.recv()[0] for _, pipe in workers[:n])]
+        for process, _ in workers:
+            process.kill()
 
 
 def show(rows: list[dict]) -> None:
@@ -195,22 +158,20 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         table.setdefault((row["script"], row["scale"], row["what"], row["unit"]), {})[row["mode"]] = row["median"]
     print(*(f"{row['device']} with {row['cpu']}, torch {row['torch']}, {row['date']}\n" for row in rows[-1:]))
-    print("", "script", "scale", "medians", "unit", *modes, "", sep=" | ")
-    print("|---" * (4 + len(modes)) + "|")
+    print("| " + " | ".join(["script", "scale", "median of", "unit", *modes]) + " |")
+    print("| " + " | ".join(["---"] * (4 + len(modes))) + " |")
     for what, medians in table.items():
-        print("", *what, *(medians.get(mode, "") for mode in modes), "", sep=" | ")
+        print("| " + " | ".join([*what, *(medians.get(mode, "") for mode in modes)]) + " |")
 
 
 def machine() -> dict:
     """What goes with every value."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[-1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    cpuinfo, git = Path("/proc/cpuinfo"), ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else [platform.machine()]
     return {
-        "device": torch.cuda.get_device_name() if CUDA else "cpu", "cpu": f"{os.cpu_count()} cores of {cpu}",
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "python": platform.python_version(), "date": datetime.date.today(),
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "device": torch.cuda.get_device_name() if CUDA else "cpu", "cpu": f"{os.cpu_count()} cores of {names[0]}",
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "date": datetime.date.today(), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }  # fmt: skip
 
 
@@ -223,31 +184,23 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=10 if CUDA else 1, help="updates in a turn")
     parser.add_argument("--period", type=int, default=50 if CUDA else 10, help="MR.Q's --target-network-frequency")
     parser.add_argument("--processes", nargs="+", type=int, help="instead: how many run at once")
-    parser.add_argument(
-        "--against", type=Path, help="another checkout, whose updates take turns with those of this one"
-    )
+    parser.add_argument("--against", type=Path, help="another checkout: the updates of both, in turns")
     parser.add_argument("--csv", type=Path, help="file to write, or to add to")
     parser.add_argument("--show", type=Path, help="print the table of this file, and stop")
-    flags = parser.parse_args()
+    flags, rows = parser.parse_args(), []
     if flags.show:
         return show(list(csv.DictReader(flags.show.open(newline=""))))
-    rows = []
-
-    def report(script: str, scale: str, mode: str, what: str, unit: str, values: list[float]) -> None:
-        median, values = f"{statistics.median(values):.4g}", " ".join(f"{x:.5g}" for x in values)
-        row = {"script": script, "scale": scale, "mode": mode, "what": what, "unit": unit, "median": median}
-        rows.append(row | {"values": values} | machine())
-
-    for scale in flags.scales:
-        for script in flags.scripts:
-            before = len(rows)
-            (together if flags.processes else in_turns)(flags, script, scale, report)
+    measure = together if flags.processes else in_turns
+    for scale, script in itertools.product(flags.scales, flags.scripts):
+        for mode, what, unit, values in measure(flags, script, scale):
+            row = {"script": script, "scale": scale, "mode": mode, "what": what, "unit": unit}
+            row |= {"median": f"{statistics.median(values):.4g}", "values": " ".join(f"{x:.5g}" for x in values)}
+            rows.append(row | machine())
             if flags.csv:
-                new = not flags.csv.exists()
                 with flags.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-                    writer.writeheader() if new else None
-                    writer.writerows(rows[before:])
+                    writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+                    writer.writeheader() if file.tell() == 0 else None
+                    writer.writerow(rows[-1])
     return show(rows)
 
 
