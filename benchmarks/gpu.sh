@@ -9,7 +9,7 @@
 set -u
 wheels=${WHEELS:+$(realpath "$WHEELS")} out=$(realpath -m "${1:-runs/gpu}") limit=${LIMIT:-480} python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." && mkdir -p "$out" || exit
-export MUJOCO_GL=disable OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export MUJOCO_GL=disable OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 7) / 8))} # for 8 processes at once
 if [ -n "$wheels" ]; then
     export PYTHONPATH=$out/site
     "$python" -m pip install -q --no-index --no-deps --upgrade --target "$out/site" "$wheels"/*.whl || exit
@@ -17,7 +17,7 @@ fi
 scales=(1 5 3) large=w4d3 processes=(1 2 4 8) speed=("$python" benchmarks/speed.py --csv "$out/speed.csv")
 run=("$python" mst_mrq.py --env dog-run --runs-dir "$out/runs" --learning-starts 1000 --eval-interval 1000)
 if [ -n "${SMOKE:-}" ]; then
-    scales=(0.05 0.06 0.07) large=w0.05d2 processes=(1 2) speed+=(--rounds 2 --repeat 1 --period 5)
+    scales=(0.05 0.05 0.05) large=w0.05d2 processes=(1 2) speed+=(--rounds 2 --repeat 1 --period 5)
     run+=(--width-scale 0.05 --batch-size 16 --buffer-size 2000 --total-timesteps 1100 --eval-episodes 1)
 fi
 
@@ -55,5 +55,5 @@ measure "${scales[2]}" "$graphs" mst_mrq mst_sac mst_ddpg mst_mrsac
 part run-eager "${run[@]}" --exp-name eager &
 [ ! -e "$out/tests.done" ] || part run-graphs "${run[@]}" --exp-name graphs --cuda-graphs
 wait
-tail -qn 1 "$out/tests.log" "$out"/runs/*/eval.csv
+tail -vn 1 "$out/tests.log" "$out"/runs/*/eval.csv 2>/dev/null
 "$python" benchmarks/speed.py --show "$out/speed.csv" && echo "$SECONDS s"
