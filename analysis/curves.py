@@ -16,52 +16,34 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import draw
+from analysis.figure import Form, drawing
 from analysis.looks import LOOKS, method
-from analysis.runs import RETURN, estimates, final, load, values
+from analysis.runs import RETURN, STATISTICS, estimates, final, load, values
 
 
-def names(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """For each label, the series that gives it its look, and its text in the legend.
+def picture(runs: pd.DataFrame, metric: str = RETURN, statistic="iqm", published=None, labels: dict | None = None):
+    """What `analysis.figure.drawing` gives, with a line per label of the runs.
 
-    A series is what the regimes are together, where that tells the labels apart, else the label itself. What all
-    labels begin with is left out of the texts.
+    A line looks as what its regimes are together, where that tells the lines apart. What all labels begin with is left
+    out in the legend.
     """
-    labels = list(runs["label"].unique())
-    common = os.path.commonprefix(labels).rfind("-") + 1 if len(labels) > 1 else 0
-    methods = {row["label"]: method(row) for row in runs.to_dict("records")}
-    if len(set(methods.values())) < len(labels) or not set(methods.values()) <= set(LOOKS):
-        return {name: (name, name[common:]) for name in labels}
-    return {name: (of, f"{LOOKS[of].label}: {name[common:]}") for name, of in methods.items()}
+    names = list(runs["label"].unique())
+    series = {row["label"]: method(row) for row in runs.to_dict("records")}
+    named = len(set(series.values())) == len(names) and set(series.values()) <= set(LOOKS)
+    common = os.path.commonprefix(names).rfind("-") + 1 if len(names) > 1 else 0
+    short = {name: f"{LOOKS[series[name]].label}: {name[common:]}" if named else name[common:] for name in names}
+    series = series if named else {name: name for name in names}
+    texts = {series[name]: (labels or {}).get(name, short[name]) for name in names}
+    table = runs.assign(line=runs["label"].map(series))
+    return drawing(table, Form("curves", "line", "env", measures=(metric,)), "", statistic, published, texts)
 
 
-def picture(curves: pd.DataFrame, metric: str = RETURN, statistic: str = "iqm", published: str = "", texts=None):
-    """The table of curves, and a function that draws it: `draw(theme, caption)`."""
-    known = names(curves)
-    seeds = curves.assign(row=draw.measure(metric), col=curves["env"], x=curves["agent_step"])
-    seeds["series"] = seeds["label"].map({name: series for name, (series, _) in known.items()})
-    table = estimates(seeds, ["row", "col", "series", "x"], draw.STATISTICS[statistic][1]).assign(point="")
-    n = seeds.groupby(["col", "series"])["path"].nunique().rename("expected").reset_index()
-    table = table.merge(n, on=["col", "series"]).assign(env=lambda t: t["col"])
-    table["expected"] = table["n"]  # curves of any runs lack none
-    if published:
-        table = pd.concat([table, draw.published(published, table, statistic)])
-    few = len(seeds["path"].unique()) > len(known)
-    words = {series: (texts or {}).get(name, text) for name, (series, text) in known.items()}
-    shown = {"seeds": seeds, "share": False, "labels": words}
-    told = draw.explain("curves", table, statistic, few)
-    return table, lambda theme="white", caption=True: draw.panels(
-        table, "curves", theme=theme, caption=told if caption else "", **shown
-    )
-
-
-def ends(curves: pd.DataFrame, statistic: str = "iqm", last: int | None = None) -> pd.DataFrame:
-    """A row per environment and label: n, up to which agent steps the runs go, and the final value with its interval."""
-    each = final(curves, last)
-    table = estimates(each, ["env", "label"], draw.STATISTICS[statistic][1]).drop(columns="tasks")
-    steps = each.groupby(["env", "label"])["agent_step"].agg(
-        lambda s: " to ".join(f"{x:,}" for x in sorted({min(s), max(s)}))
-    )
-    return table.merge(steps.rename("agent steps").reset_index(), on=["env", "label"])
+def ends(curves: pd.DataFrame, statistic: str = "iqm") -> pd.DataFrame:
+    """A row per environment and label: n, up to which agent steps the runs go, the final value and its interval."""
+    each = final(curves)
+    table = estimates(each, ["env", "label"], STATISTICS[statistic]).drop(columns="tasks")
+    steps = each.groupby(["env", "label"])["agent_step"].agg(["min", "max"]).reset_index()
+    return table.merge(steps.rename(columns={"min": "from step", "max": "to step"}), on=["env", "label"])
 
 
 def main(argv: list[str]) -> int:
@@ -74,15 +56,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         runs, problems = load(*args.runs)
-        curves, more = values(runs, args.metric)
-        if curves.empty:
-            raise ValueError("\n".join([f"none of these {len(runs)} runs has a {args.metric}", *problems, *more]))
-        table, drawn = picture(curves, args.metric, args.statistic, args.published, dict(args.label))
+        drawn, paint, _, more = picture(runs, args.metric, args.statistic, args.published, dict(args.label))
+        files = draw.save(args.out, drawn, args.github, lambda theme: paint(theme, not args.no_caption))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    files = draw.save(args.out, table, args.github, lambda theme: drawn(theme, not args.no_caption))
-    draw.tell(*problems, *more, ends(curves, args.statistic, args.last).round(3).to_string(index=False))
-    draw.tell(f"wrote {', '.join(map(str, files))}")
+    table = ends(values(runs, args.metric)[0], args.statistic)
+    draw.tell(*problems, *more, table.round(3).to_string(index=False), f"wrote {files}")
     return 0
 
 

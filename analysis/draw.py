@@ -1,11 +1,10 @@
-"""Panels of curves or lines from one kind of table, and what both programs that draw share."""
+"""Panels of curves or points from one kind of table, and what the programs that draw share."""
 
-import argparse
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,90 +12,80 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from analysis.looks import COLUMN, LOOKS, PAGE, SMALL, look, style
-from analysis.runs import RETURN, estimates, iqm, mean
+from analysis.runs import STATISTICS, estimates
 
 BANDS = 3  # at most so many bands in a panel; else strokes
-STATISTICS = {"iqm": ("Interquartile mean", iqm), "mean": ("Mean", mean)}
+STEPS = {"steps": [1, 2, 2.5, 5, 10], "min_n_ticks": 3}
 
 
 def panels(
-    table: pd.DataFrame, kind: str, *, xlabel: str = "Agent steps", titles=str, seeds: pd.DataFrame | None = None,
+    table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str = "Agent steps", heading: Callable = str,
     share: str | bool = True, labels: dict | None = None, caption: str = "", theme: str = "white",
 ) -> Figure:  # fmt: skip
-    """Draw a table with row, col, series, x, point, value, low, high, n, expected; published lines have no n.
+    """Draw a table with row, col, series, x, point, value, low, high, n, expected.
 
     Args:
-        kind: "curves" over x; "lines" over numbers x, or where there is no x, points over the names `point`.
-        seeds: row, col, series, path, x, value of single runs, drawn thin where there are few lines.
+        kind: "curves" over x, or "lines": points over few numbers x, or over the names `point` where there is no x.
+        seeds: row, col, series, path, x, value of the single runs of curves, drawn thin where there are few lines.
         share: y axes, as matplotlib's `sharey`.
         labels: what the legend calls a series.
     """
-    drawn = table.dropna(subset="value")
-    rows, cols = drawn["row"].unique(), drawn["col"].unique()  # no row or column of empty panels
-    cols = sorted(cols) if pd.api.types.is_numeric_dtype(table["col"]) else cols
-    names = sorted(table["series"].unique(), key=[*LOOKS, *table["series"]].index)
-    looks = {name: look(name, names, theme) for name in names}
-    places = [(row, col) for row in rows for col in cols]
+    there = table.dropna(subset="value")
+    rows, cols = there["row"].unique(), there["col"].unique()  # no row or column of empty panels
+    places = [(row, col) for row in rows for col in (cols if cols.dtype == object else sorted(cols))]
     across = min(3, len(cols)) if len(rows) == 1 else len(cols)
     down = -(-len(places) // across)
-    width = PAGE if across > 1 or (kind == "lines" and len(drawn) > 12) else COLUMN + 0.7
-    keys = [key(name, table, looks, labels or {}) for name in names]
-    ncols = max(1, int(width / max(0.066 * len(each.get_label()) + 0.4 for each in keys)))
-    text = textwrap.fill(caption, int(width * 20.5))
-    lines = [-(-len(keys) // ncols), text.count("\n") + 1 if text else 0]
+    names = sorted(table["series"].unique(), key=[*LOOKS, *table["series"]].index)
+    looks, keys = {name: look(name, names, theme) for name in names}, []
+    for name, shown in looks.items():
+        own = there[there["series"] == name]
+        n = own.groupby(["row", "col", "point"])["n"].max()  # of a curve: at its fullest step
+        count = f"n = {n.min():.0f}" + (f" to {n.max():.0f}" if n.max() > n.min() else "") if len(n) else "no run"
+        count += f" of {own['expected'].max():.0f}" if len(n) and n.min() < own["expected"].max() else ""
+        text = f"{(labels or {}).get(name, shown.label)} ({count})"
+        keys.append(Line2D([], [], color=shown.color, marker=shown.marker, linestyle=shown.dash, label=text))
+    width = PAGE if across > 1 or (kind == "lines" and len(there) > 12) else COLUMN + 0.7
+    ncols = max(1, int(width / max(0.066 * len(key.get_label()) + 0.4 for key in keys)))
+    caption = textwrap.fill(caption, int(width * 20.5), break_on_hyphens=False)
+    around = 0.4 + 0.17 * -(-len(keys) // ncols) + 0.13 * len(caption.splitlines())
     with style(theme):
-        size = (width, 0.4 + (1.35 if down > 1 else 1.75) * down + 0.17 * lines[0] + 0.13 * lines[1])
-        fig = Figure(figsize=size, layout="constrained")
+        fig = Figure(figsize=(width, around + (1.35 if down > 1 else 1.75) * down), layout="constrained")
         axes = fig.subplots(down, across, squeeze=False, sharey=share)
         for k, (ax, (row, col)) in enumerate(zip(axes.flat, places, strict=False)):
-            panel = table[(table["row"] == row) & (table["col"] == col)]
-            thin = seeds[(seeds["row"] == row) & (seeds["col"] == col)] if seeds is not None else None
-            PAINT[kind](ax, panel, names, looks, thin)
-            title = [titles(col)] if k < across or len(rows) == 1 else []
-            ax.set_title("\n".join(filter(None, [*title, "" if panel["value"].notna().any() else "no run"])))
-            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
-            if k % across == 0:
-                ax.set_ylabel(textwrap.fill(str(row), 16 if down > 1 else 30, break_on_hyphens=False))
-            if k >= len(places) - across:
-                ax.set_xlabel(xlabel)
+            panel, own = (frame[(frame["row"] == row) & (frame["col"] == col)] for frame in (table, seeds))
+            (paint_curves if kind == "curves" else paint_lines)(ax, panel, own, looks)
+            nothing = "no run" if panel["value"].isna().all() else ""
+            ax.set_title(f"{heading(col) if k < across or len(rows) == 1 else ''}\n{nothing}".strip())
+            ax.set_xlabel(xlabel if k >= len(places) - across else "")
+            ax.set_ylabel(textwrap.fill(row, 16 if down > 1 else 30, break_on_hyphens=False) if k % across == 0 else "")
+            ax.yaxis.set_major_locator(MaxNLocator(4, **STEPS))
         for ax in axes.flat[: len(places)]:  # not before: it ends the scaling to the data
-            low, high = ax.get_ylim()
-            ax.set_ylim(min(0, low), high)
+            ax.set_ylim(min(0, ax.get_ylim()[0]), ax.get_ylim()[1])
         for ax in axes.flat[len(places) :]:
             ax.remove()
         fig.legend(handles=keys, loc="outside upper center", ncols=ncols)
-        fig.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, linespacing=1.2)
+        fig.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, linespacing=1.2)
     return fig
 
 
-def key(name: str, table: pd.DataFrame, looks: dict, labels: dict) -> Line2D:
-    """What the legend shows of a series, with its number of runs: "MST (n = 5 to 8 of 8)"."""
-    shown = looks[name]
-    own = table[(table["series"] == name) & table["value"].notna()]
-    n = own.groupby(["row", "col", "point"])["n"].max()  # a curve's n is that of its fullest step
-    count = "no run" if n.empty else f"n = {n.min():.0f}" + (f" to {n.max():.0f}" if n.max() > n.min() else "")
-    if len(n) and n.min() < own["expected"].max():
-        count += f" of {own['expected'].max():.0f}"
-    label = f"{labels.get(name, shown.label)} ({count})"
-    return Line2D([], [], color=shown.color, marker=shown.marker, linestyle=shown.dash, label=label)
+def banded(panel: pd.DataFrame) -> bool:
+    """Whether a panel has so few lines that bands can be told apart. Published ones have none."""
+    names = panel.dropna(subset="value")["series"].unique()
+    return sum(not name.endswith(", published") for name in names) <= BANDS
 
 
-def paint_curves(ax, panel, names, looks, seeds) -> None:
-    lines = [name for name in names if panel.loc[panel["series"] == name, "value"].notna().any()]
-    bands = sum(not name.endswith("published") for name in lines) <= BANDS
-    for k, name in enumerate(lines):
-        line, shown = panel[panel["series"] == name].sort_values("x"), looks[name]
-        color = {"color": shown.color}
+def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict) -> None:
+    bands, drawn = banded(panel), panel.dropna(subset="value")["series"].unique()
+    for k, (name, shown) in enumerate((name, shown) for name, shown in looks.items() if name in drawn):
+        line, color = panel[panel["series"] == name].sort_values("x"), {"color": shown.color}
         ax.plot(line["x"], line["value"], shown.dash, **color)
-        if bands:
+        if bands and not name.endswith(", published"):
             ax.fill_between(line["x"], line["low"], line["high"], alpha=0.2, linewidth=0, **color)
-        if bands and seeds is not None:
             for _, run in seeds[seeds["series"] == name].groupby("path"):
                 ax.plot(run["x"], run["value"], linewidth=0.4, alpha=0.6, **color)
-        # few markers, at other steps than those of the other lines
-        every = max(1, len(line) // 5)
-        points(ax, line.iloc[min(int((k + 0.5) * every / len(lines)), len(line) - 1) :: every], shown, not bands)
-    ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        every = max(1, len(line) // 5)  # few markers, at other steps than those of the other lines
+        points(ax, line[min(int((k + 0.5) * every / len(drawn)), len(line) - 1) :: every], shown, strokes=not bands)
+    ax.xaxis.set_major_locator(MaxNLocator(3, **STEPS))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -104,116 +93,83 @@ def points(ax, line: pd.DataFrame, shown, strokes: bool = True) -> None:
     """Markers, hollow where runs are missing, with their intervals."""
     if strokes:
         ax.vlines(line["x"], line["low"], line["high"], color=shown.color, linewidth=0.9)
-    for part, face in (
-        (line[line["n"] >= line["expected"]], shown.color),
-        (line[line["n"] < line["expected"]], "none"),
-    ):
+    whole = line["n"] >= line["expected"]
+    for part, face in ((line[whole], shown.color), (line[~whole], "none")):
         ax.plot(part["x"], part["value"], shown.marker, color=shown.color, markerfacecolor=face, linestyle="")
 
 
-def paint_lines(ax, panel, names, looks, _) -> None:
-    """Over numbers, whose sizes are labelled, or over names side by side."""
-    categories = panel["x"].isna().all()
-    places = panel.groupby("point", sort=False)["x"].mean() if not categories else None
-    if categories:
-        places = pd.Series({point: float(i) for i, point in enumerate(dict.fromkeys(panel["point"]))})
-    log = not categories and places.max() / max(places.min(), 1e-9) > 3
+def paint_lines(ax, panel: pd.DataFrame, _, looks: dict) -> None:
+    """Over numbers on a logarithmic axis if they are far apart, or over names side by side."""
+    numbers = panel["x"].notna().any()
+    places = panel.groupby("point", sort=False)["x"].mean().dropna()
+    if not numbers:
+        places = pd.Series({point: float(i) for i, point in enumerate(panel["point"].unique())})
+    log = numbers and places.max() > 3 * places.min() > 0
     ax.set_xscale("log" if log else "linear")
-    for k, name in enumerate(names):
-        line, aside = panel[panel["series"] == name], k - (len(names) - 1) / 2  # side by side, so that all are seen
-        at = line["point"].map(places) if categories else line["x"]
-        step = 0.8 / len(names) if categories else 0.012 * np.ptp(places)
+    for k, (name, shown) in enumerate(looks.items()):
+        line, aside = panel[panel["series"] == name], k - (len(looks) - 1) / 2  # side by side, so that all are seen
+        at = line["x"] if numbers else line["point"].map(places)
+        step = 0.012 * np.ptp(places) if numbers else 0.8 / len(looks)
         line = line.assign(x=at * 1.03**aside if log else at + step * aside).sort_values("x")
-        ax.plot(line["x"], line["value"], "" if categories else looks[name].dash, color=looks[name].color)
-        points(ax, line, looks[name])
-    words = [str(x) if categories else EngFormatter(sep="")(float(f"{x:.2g}")) if x >= 10 else f"{x:g}" for x in places]
-    words = [str(point) for point in places.index] if categories else words
-    crowded = not categories and len(places) > 3
-    ax.set_xticks(places, words, **({"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}))
+        ax.plot(line["x"], line["value"], linestyle=shown.dash if numbers else "", color=shown.color)
+        points(ax, line, shown)
+        for x in [] if numbers else line.loc[line["value"].isna(), "x"]:
+            ax.text(x, 0, "missing", rotation=90, fontsize=SMALL, ha="center", va="bottom")
+    short = EngFormatter(sep="")
+    words = [short(float(f"{x:.2g}")) if x >= 10 else f"{x:g}" for x in places] if numbers else places.index.map(str)
+    # from the largest number on, those labels that leave room for the one before
+    along, room, last = np.log(places) if log else places, 0.5 / (ax.bbox.width / 72), np.inf
+    for i in np.argsort(-along.to_numpy()) if numbers else ():
+        fits = (last - along.iloc[i]) >= room * max(np.ptp(along), 1e-9)
+        words[i], last = (words[i], along.iloc[i]) if fits else ("", last)
+    ax.set_xticks(places, words)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.margins(x=0.12 / len(places) if categories else 0.12)
-
-
-PAINT = {"curves": paint_curves, "lines": paint_lines}
-
-
-def explain(kind: str, table: pd.DataFrame, statistic: str, seeds: bool, tasks: int = 1, values: str = "") -> str:
-    """The sentences of a caption: what is drawn, what bands, strokes and thin lines are."""
-    few = table.groupby(["row", "col"])["series"].agg(lambda s: sum(not x.endswith("published") for x in s.unique()))
-    over = "over the seeds" if tasks == 1 else f"over the seeds of a task, then mean over {tasks} tasks"
-    text = f"{STATISTICS[statistic][0]} {over}"
-    if table["low"].notna().any():
-        bands = kind == "curves" and few.max() <= BANDS
-        text += f"; {'bands' if bands else 'strokes'}: its 95% interval (bootstrap)"
-        text += "; thin lines: single runs" if bands and seeds else ""
-    text += f". {values}" if values else "."
-    return text + (" Hollow: runs are missing." if (table["n"] < table["expected"]).any() else "")
+    ax.margins(x=0.12 if numbers else 0.25 / len(places))
 
 
 def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
-    """Rows for a table of curves of returns: those of a CSV on the same tasks, as far as ours go.
-
-    The file has the columns env, algo, seed, agent_step, env_step, return. In `table`, `env` says a panel's task.
-    """
+    """Rows for a table of returns, where `env` is a panel's task: a CSV's curves on these tasks, as far as ours go."""
     frame = pd.read_csv(path)
     if missing := [name for name in ("env", "algo", "seed", "agent_step", "return") if name not in frame]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: write env,algo,seed,agent_step,env_step,return")
-    frame = frame[frame["env"].isin(table["env"].dropna())]
-    if frame.empty:
-        raise ValueError(f"{path} has no curves on {', '.join(table['env'].dropna().unique())}")
-    frame = frame.rename(columns={"return": "value", "agent_step": "x"})
-    found = estimates(frame, ["env", "algo", "x"], STATISTICS[statistic][1])
-    found["series"] = found.pop("algo") + ", published"
     places = table.dropna(subset="env").groupby(["row", "col", "env"], as_index=False)["x"].max()
-    found = places.merge(found, on="env", suffixes=("_end", ""))
-    return found[found["x"] <= found.pop("x_end")].assign(point="", expected=found["n"])
+    places = places[places["row"].str.startswith("Return")].rename(columns={"x": "end"})
+    frame = frame[frame["env"].isin(places["env"])].rename(columns={"return": "value", "agent_step": "x"})
+    if frame.empty:
+        raise ValueError(f"{path} has no curves of returns on {', '.join(table['env'].dropna().unique())}")
+    found = places.merge(estimates(frame, ["env", "algo", "x"], STATISTICS[statistic]), on="env")
+    found = found.assign(series=found["algo"] + ", published", point="", expected=found["n"])
+    return found[found["x"] <= found["end"]]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser) -> None:
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm", help="over the seeds (iqm)")
-    parser.add_argument("--last", type=positive, metavar="K", help="values in a final one (the last tenth)")
     parser.add_argument(
-        "--published", metavar="CSV", help="curves to lay over returns: env,algo,seed,agent_step,return"
+        "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
     )
-    parser.add_argument("--label", type=label, action="append", default=[], metavar="NAME=TEXT", help="in the legend")
+    split = lambda text: (text.partition("=")[0], text.partition("=")[2])  # noqa: E731
+    parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in the legend")
     parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg instead of PNG and PDF")
     parser.add_argument("--no-caption", action="store_true", help="leave the caption out of the picture")
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def label(text: str) -> tuple[str, str]:
-    name, _, words = text.partition("=")
-    return name, words or name
-
-
-def save(out: Path, table: pd.DataFrame, github: bool, draw) -> list[Path]:
-    """Write what `draw(theme)` gives as PNG and PDF, as the one file that `out` names, or for GitHub; and a CSV."""
-    stem = out.with_suffix("") if out.suffix in (".svg", ".png", ".pdf") else out
-    files = {out: "white"} if stem != out else {Path(f"{stem}.png"): "white", Path(f"{stem}.pdf"): "white"}
+def save(out: Path, table: pd.DataFrame, github: bool, picture: Callable) -> str:
+    """Write what `picture(theme)` gives as PNG and PDF, as the one file `out`, or for GitHub; and a CSV of the table."""
+    one = out.suffix in (".svg", ".png", ".pdf")
+    stem = out.with_suffix("") if one else out
+    files = [(out, "white")] if one else [(Path(f"{stem}.{end}"), "white") for end in ("png", "pdf")]
     if github:
-        files = {Path(f"{stem}_{theme}.svg"): theme for theme in ("light", "dark")}
+        files = [(Path(f"{stem}_{theme}.svg"), theme) for theme in ("light", "dark")]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "mst"}):
-        for file, theme in files.items():
-            metadata = {"Date": None} if file.suffix == ".svg" else {}
-            draw(theme).savefig(file, dpi=200, transparent=theme != "white", metadata=metadata)
-    csv = Path(f"{stem}.csv")
-    table.to_csv(csv, index=False)
-    return [*files, csv]
+    for file, theme in files:
+        undated = {"metadata": {"Date": None}} if file.suffix == ".svg" else {}
+        with style(theme):
+            picture(theme).savefig(file, dpi=200, transparent=theme != "white", **undated)
+    table.to_csv(f"{stem}.csv", index=False)
+    return ", ".join(str(file) for file in [*(file for file, _ in files), f"{stem}.csv"])
 
 
-def tell(*texts: str, file=None) -> None:
+def tell(*texts: str) -> None:
     """Print on any terminal: what its encoding lacks is escaped."""
-    file = file or sys.stdout
     for text in filter(None, texts):
-        print(text.encode(file.encoding or "ascii", "backslashreplace").decode(file.encoding or "ascii"), file=file)
-
-
-def measure(name: str) -> str:
-    """A tag in words: "Critic dormant ratio"."""
-    return "Return" if name == RETURN else name.split("/")[-1].replace("_", " ").capitalize().replace("Srank", "srank")
+        print(text.encode(sys.stdout.encoding or "ascii", "backslashreplace").decode(sys.stdout.encoding or "ascii"))

@@ -47,12 +47,13 @@ COLUMN, PAGE, SMALL = 3.3, 6.9, 6.5  # inches: widths of a paper's column and pa
 def method(run: dict) -> str:
     """What the regimes of a run are together, or what the paper calls its networks, from its flags."""
     critic, actor = run.get("critic_regime", "dense"), run.get("actor_regime", "dense")
-    encoder = run.get("encoder_regime") or "dense"  # SAC and DDPG have none
+    has_encoder = isinstance(run.get("encoder_regime"), str)  # SAC and DDPG have none
+    encoder = run["encoder_regime"] if has_encoder else "dense"
     if {encoder, critic, actor} == {"dense"} and run.get("script") == "mst_mrq":
         return {4: "mr.q", 6: "res"}.get(run.get("critic_arch"), "dense")
     if encoder == "dense" and critic != actor:
         return {("dst", "sst"): "mst", ("sst", "dst"): "reverse"}.get((critic, actor), f"{critic}/{actor}")
-    together = critic == actor and ("encoder_regime" not in run or encoder == critic)
+    together = critic == actor and (encoder == critic or not has_encoder)
     return critic if together else f"{encoder}/{critic}/{actor}"
 
 

@@ -120,7 +120,7 @@ def _table(file: Path, columns: list[str]) -> tuple[pd.DataFrame, list[str]]:
 
 def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list[str]]:
     """The columns of `runs`, agent_step and value: the evaluations' returns, or a tag of metrics.csv. And problems."""
-    frames, problems, without = [], [], []
+    frames, problems, without, runs = [], [], [], runs.drop(columns="value", errors="ignore")
     for path in runs["path"]:
         if metric == RETURN:
             table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
@@ -146,13 +146,16 @@ def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list
     return runs.merge(found.groupby(["path", "agent_step"], as_index=False)["value"].mean(), on="path"), problems
 
 
-def final(curves: pd.DataFrame, last: int | None = None, since: int | None = None) -> pd.DataFrame:
-    """A row per run: the mean over its last `last` values, by default the last tenth, or from agent step `since` on."""
-    rows = []
-    for _, run in curves.sort_values("agent_step").groupby("path", sort=False):
-        used = run.iloc[-(last or max(1, len(run) // 10)) :] if since is None else run[run["agent_step"] >= since]
-        rows.append(run.iloc[[-1]].assign(value=used["value"].mean()))
-    return pd.concat(rows) if rows else curves
+def final(curves: pd.DataFrame, since: int | None = None) -> pd.DataFrame:
+    """A row per run: the mean over the last tenth of its values, or over those from agent step `since` on."""
+    curves = curves.sort_values("agent_step", kind="stable")
+    runs = curves.groupby("path", sort=False)
+    if since is not None:
+        used = curves["agent_step"] >= since
+    else:
+        used = runs.cumcount(ascending=False) < (runs["value"].transform("size") // 10).clip(lower=1)
+    means = curves[used].groupby("path")["value"].mean()
+    return runs.tail(1).assign(value=lambda ends: ends["path"].map(means))
 
 
 def declared(
@@ -163,7 +166,9 @@ def declared(
     Runs that are missing, short or not as declared are named. Where several have one name, the closest one is taken.
     """
     rows, lost, odd, others = [], {}, {}, {}
-    groups = dict(list(runs.groupby(["env", "exp_name", "seed"])))
+    there: dict[tuple, list[dict]] = {}
+    for found in runs.to_dict("records"):
+        there.setdefault((found["env"], found["exp_name"], found["seed"]), []).append(found)
     wanted = figures.runs(figure, size, envs, seeds, only)
     flags = dict.fromkeys(flag for run in wanted for flag in run.cell)
     for run in wanted:
@@ -174,7 +179,7 @@ def declared(
         settings = {**usual, **run.settings, "script": run.script}
         settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
         differences = []
-        for found in groups.get((run.env, run.exp_name, run.seed), runs.iloc[:0]).to_dict("records"):
+        for found in there.get((run.env, run.exp_name, run.seed), []):
             have = found["settings"]
             differs = [
                 f"{x} {have[x]} instead of {value}" for x, value in settings.items() if have.get(x, value) != value
@@ -221,6 +226,15 @@ def spread(x: np.ndarray) -> np.ndarray:
     return np.std(x, axis=-1, ddof=1)
 
 
+STATISTICS = {"iqm": iqm, "mean": mean, "spread": spread}
+
+
+def in_words(metric: str) -> str:
+    """A metric's tag in words: "Critic dormant ratio"."""
+    words = metric.split("/")[-1].replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
 @functools.lru_cache(maxsize=512)
 def _draws(n: int, seed: int, number: int = 2000) -> np.ndarray:
     return np.random.default_rng([seed, n]).integers(n, size=(number, n))
@@ -234,10 +248,13 @@ def resamples(x: np.ndarray, statistic=iqm, seed: int = 0) -> np.ndarray:
 
 
 def estimates(table: pd.DataFrame, by: list[str], statistic=iqm) -> pd.DataFrame:
-    """value, low, high, n, tasks by groups: over the seeds of each task, then the mean over tasks; bootstrap 95%."""
+    """value, low, high, n, tasks by groups: over the seeds of each task, then the mean over tasks; bootstrap 95%.
+
+    n is the number of runs on the task that has fewest.
+    """
     rows = []
     for place, group in table.dropna(subset="value").groupby(by, sort=False, dropna=False):
-        tasks = [resamples(x.to_numpy(), statistic, i) for i, (_, x) in enumerate(group.groupby("env")["value"])]
-        value, *again = np.mean(tasks, axis=0)
-        rows.append((*place, value, *np.quantile(again, [0.025, 0.975]), len(group), len(tasks)))
+        tasks = [x.to_numpy() for _, x in group.groupby("env")["value"]]
+        value, *again = np.mean([resamples(x, statistic, i) for i, x in enumerate(tasks)], axis=0)
+        rows.append((*place, value, *np.quantile(again, [0.025, 0.975]), min(map(len, tasks)), len(tasks)))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "tasks"])
