@@ -210,12 +210,12 @@ DECLARED = {  # figure: claim: contrast, and what is measured if it is not the r
         "dst is the best critic regime at scales 3 and 5": "dst {x3,x5} > {dense,sst,s2d,d2s} {x3,x5}",
         "dst with residuals does not degrade (margin 10%)": "dst res x5 > 0.9 dst res x1",
         "dst with residuals gains by scale": "dst res x5 > dst res x1",
-        "It takes both: dst with residuals > dst without, > dense with them": "dst res x5 > {dst nores,dense res} x5",
+        "It takes both: > dst without residuals, > dense with them": "dst res x5 > {dst nores,dense res} x5",
     },
     "fig07": {
         "Each dynamic regime lowers the critic's dormant ratio": (f"{DYNAMIC} < dense", DORMANT("critic")),
         "Sparsity raises srank with residuals": ("sparse res > dense res", SRANK("critic")),
-        "Sparsity raises it by more than without": ("sparse res - dense res > sparse nores - dense nores", SRANK("critic")),
+        "Residuals make sparsity lift it more": ("sparse res - dense res > sparse nores - dense nores", SRANK("critic")),
         "Without residuals srank collapses: below half": (f"{DYNAMIC} nores < 0.5", SRANK("critic"), "relative"),
     },
     # Section 3.3, the actor

@@ -148,13 +148,13 @@ def add_options(parser) -> None:
         "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
     )
     split = lambda text: (text.partition("=")[0], text.partition("=")[2])  # noqa: E731
-    parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in the legend")
-    parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg instead of PNG and PDF")
+    parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in legends")
+    parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg")
     parser.add_argument("--no-caption", action="store_true", help="leave the caption out of the picture")
 
 
 def save(out: Path, table: pd.DataFrame, github: bool, picture: Callable) -> str:
-    """Write what `picture(theme)` gives as PNG and PDF, as the one file `out`, or for GitHub; and a CSV of the table."""
+    """Write what `picture(theme)` gives as PNG and PDF, as the one file `out` or for GitHub, and a CSV of the table."""
     one = out.suffix in (".svg", ".png", ".pdf")
     stem = out.with_suffix("") if one else out
     files = [(out, "white")] if one else [(Path(f"{stem}.{end}"), "white") for end in ("png", "pdf")]

@@ -14,6 +14,7 @@ are those of the command line, from the repository's folder. Exit codes: 0, 1 no
 """
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ from analysis.runs import estimates, final, in_words, load, mean, values
 from experiments.figures import MODULES
 
 
+loaded = functools.cache(lambda folder: load(folder)[0])
+
+
 def short(x: float) -> str:
     return "-" if pd.isna(x) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
@@ -38,7 +42,7 @@ def interval(row: dict) -> str:
 def of_figure(name: str, size: str, folder: str) -> pd.DataFrame:
     """A row per declared run: its outcome as `value`, and its `cell` in words."""
     form = figure.FORMS.get(name, figure.OTHER)
-    table = figure.described(name, load(folder)[0], size)[0].drop_duplicates(["env", "exp_name", "seed"])
+    table = figure.described(name, loaded(folder), size)[0].drop_duplicates(["env", "exp_name", "seed"])
     words = table[form.series].astype(str).map(lambda x: look(x, [x]).label)
     if form.col not in ("", "env"):
         words += ", " + table[form.col].map(lambda x: figure.heading(form, x).replace("\n", ": "))
@@ -71,8 +75,8 @@ def seeds(name: str, size: str, folder: str) -> list[dict]:
 def verdicts(name: str, size: str, folder: str) -> list[dict]:
     return [
         {"claim": row["claim"], "verdict": f"**{row['verdict']}**", "measure": row["measure"], "n": row["n"],
-         "effect [95% interval]": interval(row), "contrasts": row["contrasts"]}
-        for row in claims.verdicts(name, load(folder)[0], size).to_dict("records")
+         "effect [95% interval]": interval(row | {"value": row["effect"]}), "contrasts": row["contrasts"]}
+        for row in claims.verdicts(name, loaded(folder), size).to_dict("records")
     ]  # fmt: skip
 
 
