@@ -215,7 +215,7 @@ DECLARED = {  # figure: claim: contrast, and what is measured if it is not the r
     "fig07": {
         "Each dynamic regime lowers the critic's dormant ratio": (f"{DYNAMIC} < dense", DORMANT("critic")),
         "Sparsity raises srank with residuals": ("sparse res > dense res", SRANK("critic")),
-        "Residuals make sparsity lift it more": ("sparse res - dense res > sparse nores - dense nores", SRANK("critic")),
+        "Residuals make sparsity add more": ("sparse res - dense res > sparse nores - dense nores", SRANK("critic")),
         "Without residuals srank collapses: below half": (f"{DYNAMIC} nores < 0.5", SRANK("critic"), "relative"),
     },
     # Section 3.3, the actor

@@ -31,6 +31,7 @@ def panels(
         labels: what the legend calls a series.
     """
     there = table.dropna(subset="value")
+    bands = banded(table)
     rows, cols = there["row"].unique(), there["col"].unique()  # no row or column of empty panels
     places = [(row, col) for row in rows for col in (cols if cols.dtype == object else sorted(cols))]
     across = min(3, len(cols)) if len(rows) == 1 else len(cols)
@@ -53,7 +54,7 @@ def panels(
         axes = fig.subplots(down, across, squeeze=False, sharey=share)
         for k, (ax, (row, col)) in enumerate(zip(axes.flat, places, strict=False)):
             panel, own = (frame[(frame["row"] == row) & (frame["col"] == col)] for frame in (table, seeds))
-            (paint_curves if kind == "curves" else paint_lines)(ax, panel, own, looks)
+            paint_curves(ax, panel, own, looks, bands) if kind == "curves" else paint_lines(ax, panel, looks)
             nothing = "no run" if panel["value"].isna().all() else ""
             ax.set_title(f"{heading(col) if k < across or len(rows) == 1 else ''}\n{nothing}".strip())
             ax.set_xlabel(xlabel if k >= len(places) - across else "")
@@ -68,14 +69,14 @@ def panels(
     return fig
 
 
-def banded(panel: pd.DataFrame) -> bool:
-    """Whether a panel has so few lines that bands can be told apart. Published ones have none."""
-    names = panel.dropna(subset="value")["series"].unique()
-    return sum(not name.endswith(", published") for name in names) <= BANDS
+def banded(table: pd.DataFrame) -> bool:
+    """Whether all panels have so few lines that bands can be told apart. Published lines have none."""
+    own = table[~table["series"].str.endswith(", published")].dropna(subset="value")
+    return own.groupby(["row", "col"])["series"].nunique().max() <= BANDS
 
 
-def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict) -> None:
-    bands, drawn = banded(panel), panel.dropna(subset="value")["series"].unique()
+def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict, bands: bool) -> None:
+    drawn = panel.dropna(subset="value")["series"].unique()
     for k, (name, shown) in enumerate((name, shown) for name, shown in looks.items() if name in drawn):
         line, color = panel[panel["series"] == name].sort_values("x"), {"color": shown.color}
         ax.plot(line["x"], line["value"], shown.dash, **color)
@@ -95,10 +96,11 @@ def points(ax, line: pd.DataFrame, shown, strokes: bool = True) -> None:
         ax.vlines(line["x"], line["low"], line["high"], color=shown.color, linewidth=0.9)
     whole = line["n"] >= line["expected"]
     for part, face in ((line[whole], shown.color), (line[~whole], "none")):
-        ax.plot(part["x"], part["value"], shown.marker, color=shown.color, markerfacecolor=face, linestyle="")
+        marker = {"marker": shown.marker, "markerfacecolor": face, "linestyle": ""}
+        ax.plot(part["x"], part["value"], color=shown.color, **marker)
 
 
-def paint_lines(ax, panel: pd.DataFrame, _, looks: dict) -> None:
+def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
     """Over numbers on a logarithmic axis if they are far apart, or over names side by side."""
     numbers = panel["x"].notna().any()
     places = panel.groupby("point", sort=False)["x"].mean().dropna()

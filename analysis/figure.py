@@ -161,7 +161,7 @@ def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", p
     over = "" if found["env"].notna().all() else f" of a task, then mean over {len(tasks)} tasks (n: runs on a task)"
     told = f"{title}{WORDS[statistic]} over the seeds{over}"
     if found["low"].notna().any():
-        bands = curves and all(draw.banded(panel) for _, panel in found.groupby(["row", "col"]))
+        bands = curves and draw.banded(found)
         told += "; bands: its 95% interval; thin lines: single runs" if bands else "; strokes: its 95% interval"
     told += "." + " Hollow: runs are missing." * bool((found["n"] < found["expected"]).any())
     told += f" {', '.join(tasks)}."

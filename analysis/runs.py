@@ -158,10 +158,8 @@ def final(curves: pd.DataFrame, since: int | None = None) -> pd.DataFrame:
     return runs.tail(1).assign(value=lambda ends: ends["path"].map(means))
 
 
-def declared(
-    figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs=None, seeds=None, only=None
-) -> tuple[pd.DataFrame, list[str]]:
-    """A row per run that a figure declares: its cell's flags at the paper's size, and path, state and size of the run.
+def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs=None, seeds: int | None = None):
+    """A row per run that a figure declares: its flags at the paper's size, path, state, size of the run. And problems.
 
     Runs that are missing, short or not as declared are named. Where several have one name, the closest one is taken.
     """
@@ -169,7 +167,7 @@ def declared(
     there: dict[tuple, list[dict]] = {}
     for found in runs.to_dict("records"):
         there.setdefault((found["env"], found["exp_name"], found["seed"]), []).append(found)
-    wanted = figures.runs(figure, size, envs, seeds, only)
+    wanted = figures.runs(figure, size, envs, seeds)
     flags = dict.fromkeys(flag for run in wanted for flag in run.cell)
     for run in wanted:
         usual = figures.defaults(run.script)

@@ -27,7 +27,6 @@ from analysis.looks import look
 from analysis.runs import estimates, final, in_words, load, mean, values
 from experiments.figures import MODULES
 
-
 loaded = functools.cache(lambda folder: load(folder)[0])
 
 

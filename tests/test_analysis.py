@@ -59,15 +59,11 @@ def test_a_run_counts_once_whatever_leads_to_it(tmp_path):
 def test_one_name_with_two_settings_becomes_two_lines_and_is_said(tmp_path, how):
     write(tmp_path, seed=1, critic_sparsity=0.5, action_repeat=2)
     write(tmp_path, seed=2, **{"critic_sparsity": 0.5, "action_repeat": 2} | how)
+    write(tmp_path, "other", log_interval=10)  # neither what only operates nor a new flag tells runs apart
+    write(tmp_path, "other", seed=2, log_interval=50, new_flag=3)
     found, problems = load(tmp_path)
-    assert found["label"].nunique() == 2
+    assert found.groupby("exp_name")["label"].nunique().to_dict() == {"mst": 2, "other": 1}
     assert [each for each in problems if "different" in each and "shown apart" in each]
-
-
-def test_operating_flags_and_flags_that_an_older_script_lacks_tell_no_runs_apart(tmp_path):
-    write(tmp_path, seed=1, log_interval=10)
-    write(tmp_path, seed=2, log_interval=50, new_flag=3)
-    assert load(tmp_path)[0]["label"].unique().tolist() == ["mst"]
 
 
 def test_what_is_foreign_or_damaged_is_named_and_left_out(tmp_path):
