@@ -1,4 +1,4 @@
-"""The paper's claims as data, and verdicts on them.
+"""Verdicts on the claims of claims.csv: the paper's and, below, those of our own studies.
 
 The score of a cell on a task is the interquartile mean over its seeds; that of words such as "dst res", the mean over
 the cells that they choose and the tasks. A claim is one or several contrasts: sums of scores that have to be above 0.
@@ -11,6 +11,7 @@ the cells that they choose and the tasks. A claim is one or several contrasts: s
 import functools
 import itertools
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -100,9 +101,9 @@ def sentences(tested: pd.DataFrame) -> str:
 
 # What claims are made of --------------------------------------------------------------------------------------------
 
-# A contrast compares sums of cells, "dst x5 - dense x5 > dst x1 - dense x1". "<" and ">" compare, "~" is within 10%. A
-# cell is the words that choose it, perhaps with a factor: "0.5 dense x1"; a number alone is itself. "sd:arch" is the
-# standard deviation between types. Words in braces stand for one after the other: all of these contrasts have to hold.
+# A contrast of claims.csv compares sums of cells: "dst x5 - dense x5 > dst x1 - dense x1". "~" is "within 10%". A cell
+# is the words that choose it, perhaps with a factor: "0.5 dense x1". A number alone is itself, "sd:arch" the standard
+# deviation between types. Words in braces stand for one after the other: all of these contrasts have to hold.
 CELLS = {  # {m} is the module that a figure is about
     **{regime: "{m}_regime == '" + regime + "'" for regime in figures.REGIMES},
     "dyn": "{m}_regime in ('dst', 's2d', 'd2s')", "sparse": "{m}_regime != 'dense'",
@@ -120,12 +121,12 @@ CELLS = {  # {m} is the module that a figure is about
     **{f"s{x}": f"critic_sparsity == {x}" for x in (0.2, 0.6, 0.9)}, "s0.5-0.8": "0.45 < critic_sparsity < 0.85",
     **{x: f"residual == '{x}'" for x in ("pre", "post")},
 }  # fmt: skip
-MODULE = {"fig02": "encoder", "fig03": "encoder", "fig04": "encoder", "encoder-types": "encoder", "fig08": "actor"}
-MODULE |= {"fig09": "actor", "fig10": "actor"}  # else the critic
+BRACES = {"{all}": "{dense,sst,dst,s2d,d2s}", "{sparse}": "{sst,dst,s2d,d2s}", "{dynamic}": "{dst,s2d,d2s}"}
 
 
 def contrasts(text: str, module: str) -> list[Terms]:
     """A text as sums that all have to be above 0, each a list of weight and query; a query is None for a number."""
+    text = functools.reduce(lambda x, pair: x.replace(*pair), BRACES.items(), text)
     found, braces = [], dict.fromkeys(re.findall(r"{.*?}", text))
     for words in itertools.product(*(brace[1:-1].split(",") for brace in braces)):
         line = functools.reduce(lambda x, pair: x.replace(*pair), zip(braces, words, strict=True), text)
@@ -152,139 +153,7 @@ def _times(factor: float, terms: Terms) -> Terms:
     return [(factor * weight, query) for weight, query in terms]
 
 
-ALL, DYNAMIC = "{dense,sst,dst,s2d,d2s}", "{dst,s2d,d2s}"
-
-
-def encoder_types(regimes: str, dynamic: str) -> dict:
-    """Of Fig. 2, and with fewer regimes of our smaller study."""
-    return {
-        "LayerNorm helps the encoder under every regime": f"{regimes} ln > {regimes} plain",
-        "Encoders without LayerNorm fail: below half of types 3 to 6": "plain < 0.5 ln",
-        "ELU > ReLU in the encoder": "elu > relu",
-        "Dynamic regimes improve weak encoders (types 1, 2)": f"{dynamic} plain > dense plain",
-        "Dynamic regimes do not replace LayerNorm: dense type 4 > them": f"{dynamic} plain < dense t4",
-        "Dynamic regimes do not help strong encoders (types 3 to 6, within 10%)": f"{dynamic} ln ~ dense ln",
-        "Encoder types differ more than regimes at scale 1": "sd:arch > sd:regime",
-        "Residuals matter little in the encoder at scale 1 (within 10%)": "res ~ t3-4",
-    }
-
-
-def scaling(name: str) -> dict:
-    ways = "{w5d1,w1d5,w5d5}"
-    return {
-        f"Dense {name} degrades: wider, deeper and both": f"{name} {ways} c.dense < {name} w1d1 c.dense",
-        f"{name} with MST gains: wider, deeper and both": f"{name} {ways} MST > {name} w1d1 MST",
-        f"{name}: MST > dense: wider, deeper and both": f"{name} {ways} MST > {name} {ways} c.dense",
-    }
-
-
-SRANK, DORMANT = "plasticity/{}_srank".format, "plasticity/{}_dormant_ratio".format
-DECLARED = {  # figure: claim: contrast, and what is measured if it is not the return
-    # Section 3.1, the encoder
-    "fig02": encoder_types(ALL, DYNAMIC),
-    "fig03": {
-        "Without LayerNorm (type 2) srank falls below half": (f"{ALL} t2 < 0.5", SRANK("encoder"), "relative"),
-        "LayerNorm (type 4) prevents it": (f"{ALL} t4 > 0.5", SRANK("encoder"), "relative"),
-    },
-    "fig04": {
-        "Encoder types differ more than regimes at scale 5": "sd:arch x5 > sd:regime x5",
-        "Residuals are essential for large dense encoders: type 6 > 4": "dense t6 x5 > dense t4 x5",
-        "Dense type 6 keeps its return at scale 5 (margin 10%)": "dense t6 x5 > 0.9 dense t6 x1",
-        "Dense is enough: type 6 keeps 90% of each other regime": "dense t6 x5 > 0.9 {sst,dst,s2d,d2s} t6 x5",
-        "Type 4: sparse regimes > dense at scale 5": "sparse t4 x5 > dense t4 x5",
-        "Type 4 gains mostly by sparsity": "sst t4 x5 - dense t4 x5 > dst t4 x5 - sst t4 x5",
-        "Type 2 fails when large, under every regime: below half": f"{ALL} t2 {{x3,x5}} < 0.5 dense t6 {{x3,x5}}",
-    },
-    # Section 3.2, the critic
-    "fig05": {
-        "LayerNorm helps the critic under every regime": f"{ALL} ln > {ALL} plain",
-        "Critic: each regime is within 10% of dense at scale 1": "{sst,dst,s2d,d2s} ~ dense",
-        "Critic types 3, 5 and 6 are within 10% of type 4 at scale 1": "{t3,t5,t6} ~ t4",
-    },
-    "fig06": {
-        "Dense critics degrade with scale (mean over types)": "dense x5 < dense x1",
-        "Dense critics without residuals collapse: below half": "dense {t1,t2,t3,t4} x5 < 0.5 dense {t1,t2,t3,t4} x1",
-        "Dense critics do not scale with residuals either: less at scale 5": "dense res x5 < dense res x1",
-        "Each sparse regime > dense at scale 5": "{sst,dst,s2d,d2s} x5 > dense x5",
-        "Each dynamic regime > static sparse at scale 5": f"{DYNAMIC} x5 > sst x5",
-        "dst is the best critic regime at scales 3 and 5": "dst {x3,x5} > {dense,sst,s2d,d2s} {x3,x5}",
-        "dst with residuals does not degrade (margin 10%)": "dst res x5 > 0.9 dst res x1",
-        "dst with residuals gains by scale": "dst res x5 > dst res x1",
-        "It takes both: > dst without residuals, > dense with them": "dst res x5 > {dst nores,dense res} x5",
-    },
-    "fig07": {
-        "Each dynamic regime lowers the critic's dormant ratio": (f"{DYNAMIC} < dense", DORMANT("critic")),
-        "Sparsity raises srank with residuals": ("sparse res > dense res", SRANK("critic")),
-        "Residuals make sparsity add more": ("sparse res - dense res > sparse nores - dense nores", SRANK("critic")),
-        "Without residuals srank collapses: below half": (f"{DYNAMIC} nores < 0.5", SRANK("critic"), "relative"),
-    },
-    # Section 3.3, the actor
-    "fig08": {
-        "LayerNorm helps the actor under every regime": f"{ALL} ln > {ALL} plain",
-        "Actor: each regime is within 10% of dense at scale 1": "{sst,dst,s2d,d2s} ~ dense",
-        "ReLU > ELU in the actor": "relu > elu",
-        "Dynamic regimes help actors without LayerNorm": "dyn plain > dense plain",
-        "Dynamic regimes help them by more than actors with it": "dyn plain - dense plain > dyn ln - dense ln",
-    },
-    "fig09": {
-        "LayerNorm and residuals are essential at scale 5: type 5 > 1 and 3": "t5 x5 > {t1,t3} x5",
-        "Types 1 and 3 collapse under every regime: below half": f"{ALL} {{t1,t3}} x5 < 0.5 {ALL} {{t1,t3}} x1",
-        "sst is the best actor regime at scale 3": "sst x3 > {dense,dst,s2d,d2s} x3",
-        "sst is the best actor regime at scale 5": "sst x5 > {dense,dst,s2d,d2s} x5",
-        "The lead of sst over dynamic regimes grows with scale": "sst x5 - dyn x5 > sst x3 - dyn x3",
-        "sst with residuals gains by scale": "sst t5 x5 > sst t5 x1",
-        "Each dynamic regime spreads more than sst at scale 5": (f"{DYNAMIC} x5 > sst x5", RETURN, "spread"),
-    },
-    "fig10": {
-        "Residuals lower the dense actor's dormant ratio": ("dense t5 < dense t3", DORMANT("actor")),
-        "sst lowers it, with residuals and without": ("sst {t3,t5} < dense {t3,t5}", DORMANT("actor")),
-        "sst lowers it more than each dynamic regime": (f"sst < {DYNAMIC}", DORMANT("actor")),
-    },
-    # Section 4, MST
-    "fig11": {
-        "MR.Q fails at scale 5: below half of scale 1": "MR.Q x5 < 0.5 MR.Q x1",
-        "MST > Res at scale 5": "MST x5 > Res x5",
-        "Res > MR.Q at scale 5": "Res x5 > MR.Q x5",
-        "MST gains by scale": "MST x5 > MST x1",
-        "MST has a higher srank than Res at scale 5": ("MST x5 > Res x5", SRANK("critic")),
-        "MST has fewer dormant units than Res at scale 5": ("MST x5 < Res x5", DORMANT("critic")),
-    },
-    "fig12": {
-        "RigL > SET": "rigl er s0.6 > set er s0.6",
-        "Erdos-Renyi > uniform": "rigl er s0.6 > rigl uniform s0.6",
-        "Sparsity helps: 0.5 to 0.8 > 0.2": "rigl er s0.5-0.8 > rigl er s0.2",
-        "Too much harms: 0.5 to 0.8 > 0.9": "rigl er s0.5-0.8 > rigl er s0.9",
-    },
-    "fig13": scaling("SAC") | scaling("DDPG"),
-    "fig14": {
-        "MST is the best assignment of regimes to critic and actor":
-            "MST > {c.dense a.dense,c.sst a.sst,c.dst a.dst,c.sst a.dst}",
-        "A dynamic topology helps the critic: dst > sst": "c.dst > c.sst",
-        "A dynamic topology harms the actor: sst > dst": "a.sst > a.dst",
-        "It destabilises the actor: dst spreads more over seeds than sst": ("a.dst > a.sst", RETURN, "spread"),
-    },
-    "fig17": {
-        "Pre- > post-layer residuals at scale 1": "pre x1 > post x1",
-        "Pre- > post-layer residuals at scale 3": "pre x3 > post x3",
-        "Their lead grows with scale": "pre x3 - post x3 > pre x1 - post x1",
-    },
-    "fig26": scaling("MR.SAC"),
-    # Beyond the paper
-    "one-strategy": {
-        f"MST > {r} everywhere at scale 5": f"e.dense MST x5 > e.{r} c.{r} a.{r} x5" for r in ("dense", "sst", "dst")
-    },
-    "depth": {
-        "MR.Q fails at depth 15: below half of depth 1": "MR.Q deep15 < 0.5 MR.Q deep1",
-        "Res > MR.Q at depth 15": "Res deep15 > MR.Q deep15",
-        "MST > Res at depth 15": "MST deep15 > Res deep15",
-        "MST keeps 90% of depth 1 at depth 15": "MST deep15 > 0.9 MST deep1",
-    },
-    "encoder-types": encoder_types("{dense,dst}", "dst") | {
-        "LayerNorm or ELU is needed: type 1 is below half of each other": "t1 < 0.5 {t2,t3,t4,t5,t6}",
-    },
-}  # fmt: skip
 CLAIMS = [
-    Claim(figure, text, contrasts(what, MODULE.get(figure, "critic")), *measured)
-    for figure, claims in DECLARED.items()
-    for text, (what, *measured) in ((text, (x,) if isinstance(x, str) else x) for text, x in claims.items())
+    Claim(row.figure, row.claim, contrasts(row.contrast, row.module), row.measure, row.how)
+    for row in pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples()
 ]

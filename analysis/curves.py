@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     try:
         runs, problems = load(*args.runs)
         drawn, paint, _, more = picture(runs, args.metric, args.statistic, args.published, dict(args.label))
-        files = draw.save(args.out, drawn, args.github, lambda theme: paint(theme, not args.no_caption))
+        files = draw.save(args.out, drawn, args, paint)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     table = ends(values(runs, args.metric)[0], args.statistic)

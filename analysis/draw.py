@@ -155,20 +155,20 @@ def add_options(parser) -> None:
     parser.add_argument("--no-caption", action="store_true", help="leave the caption out of the picture")
 
 
-def save(out: Path, table: pd.DataFrame, github: bool, picture: Callable) -> str:
-    """Write what `picture(theme)` gives as PNG and PDF, as the one file `out` or for GitHub, and a CSV of the table."""
+def save(out: Path, table: pd.DataFrame, args, picture: Callable) -> str:
+    """Write what `picture(theme, captioned)` gives as PNG and PDF, as the one file `out`, or for GitHub; and a CSV."""
     one = out.suffix in (".svg", ".png", ".pdf")
     stem = out.with_suffix("") if one else out
-    files = [(out, "white")] if one else [(Path(f"{stem}.{end}"), "white") for end in ("png", "pdf")]
-    if github:
-        files = [(Path(f"{stem}_{theme}.svg"), theme) for theme in ("light", "dark")]
+    files = {str(out): "white"} if one else {f"{stem}.png": "white", f"{stem}.pdf": "white"}
+    if args.github:
+        files = {f"{stem}_{theme}.svg": theme for theme in ("light", "dark")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for file, theme in files:
-        undated = {"metadata": {"Date": None}} if file.suffix == ".svg" else {}
+    for file, theme in files.items():
+        undated = {"metadata": {"Date": None}} if file.endswith(".svg") else {}
         with style(theme):
-            picture(theme).savefig(file, dpi=200, transparent=theme != "white", **undated)
+            picture(theme, not args.no_caption).savefig(file, dpi=200, transparent=theme != "white", **undated)
     table.to_csv(f"{stem}.csv", index=False)
-    return ", ".join(str(file) for file in [*(file for file, _ in files), f"{stem}.csv"])
+    return ", ".join([*files, f"{stem}.csv"])
 
 
 def tell(*texts: str) -> None:

@@ -24,7 +24,7 @@ from experiments.figures import FIGURES
 
 
 class Form(NamedTuple):
-    """How a figure is drawn: `series` and so on name columns of `described()`."""
+    """How a figure of forms.csv is drawn: `series` and so on name columns of `described()`."""
 
     kind: str  # "curves", or "lines" for final returns
     series: str
@@ -35,46 +35,6 @@ class Form(NamedTuple):
     measures: tuple[str, ...] = (RETURN,)  # curves: a row of panels each
 
 
-def types(module: str, row: str = "") -> Form:
-    return Form("lines", f"{module}_regime", row=row, point=f"{module}_arch")
-
-
-def scales(module: str, row: str = "") -> Form:
-    return Form("lines", f"{module}_regime", f"{module}_arch", row, f"{module}_scale", f"{module}_parameters")
-
-
-def pathologies(module: str, *metrics: str) -> Form:
-    measures = tuple(f"plasticity/{module}_{metric}" for metric in metrics)
-    return Form("curves", f"{module}_regime", f"{module}_arch", measures=measures)
-
-
-CRITIC = ("plasticity/critic_srank", "plasticity/critic_dormant_ratio")
-FORMS = {
-    "fig03": pathologies("encoder", "srank"),
-    "fig07": pathologies("critic", "srank", "dormant_ratio"),
-    "fig10": pathologies("actor", "dormant_ratio"),
-    "fig11": Form("curves", "method", "critic_scale", measures=(RETURN, *CRITIC)),
-    "fig12": Form("lines", "method", "flag", point="setting"),
-    "fig13": Form("lines", "method", "env", "algorithm, larger", "size", "parameters"),
-    "fig14": Form("curves", "method"),
-    "fig17": Form("curves", "residual", "critic_scale"),
-    "fig26": Form("lines", "method", "algorithm, larger", "env", "size", "parameters"),
-    "one-strategy": Form("lines", "method", "env", "", "critic_scale", "parameters"),
-    "sparsity": Form("lines", "method", "env", "", "critic_sparsity", "critic_sparsity"),
-    "rigl": Form("lines", "drop_fraction", "env", "", "topology_update_interval", "topology_update_interval"),
-    "depth": Form("curves", "method", "depth_scale", measures=(RETURN, *CRITIC, "plasticity/actor_dormant_ratio")),
-    "encoder-types": types("encoder"),
-}
-for name, module, row in (
-    ("fig02", "encoder", ""), ("fig05", "critic", ""), ("fig08", "actor", ""),
-    ("fig18", "encoder", "env"), ("fig20", "critic", "env"), ("fig23", "actor", "env"),
-):  # fmt: skip
-    FORMS[name] = types(module, row)
-for name, module, row in (
-    ("fig04", "encoder", ""), ("fig06", "critic", ""), ("fig09", "actor", ""), ("fig19", "encoder", "env"),
-    ("fig21", "critic", ""), ("fig22", "critic", ""), ("fig24", "actor", ""), ("fig25", "actor", ""),
-):  # fmt: skip
-    FORMS[name] = scales(module, row)
 WORDS = {
     "parameters": "Parameters", "encoder_parameters": "Encoder parameters", "critic_parameters": "Critic parameters",
     "actor_parameters": "Actor parameters", "critic_sparsity": "Sparsity of critic and actor", "growth": "Growth",
@@ -83,6 +43,10 @@ WORDS = {
     "iqm": "Interquartile mean", "mean": "Mean", "spread": "Standard deviation",
 }  # fmt: skip
 PAPER = {"distribution": "er", "growth": "rigl", "critic_sparsity": 0.6}
+FORMS = {
+    row.pop("figure"): Form(**row | {"measures": tuple(row["measures"].split())})
+    for row in pd.read_csv(Path(__file__).with_name("forms.csv"), dtype=str, keep_default_na=False).to_dict("records")
+}
 OTHER = Form("curves", "exp_name")  # of a study that is not here
 
 
@@ -102,12 +66,10 @@ def described(figure: str, runs: pd.DataFrame, size: str = "paper", envs=None, s
         table = pd.concat(parts).sort_values("script", ascending=False, kind="stable")
     if figure == "fig12":
         same = {flag: table[flag] == value for flag, value in PAPER.items()}
-        parts = [
-            table[np.logical_and.reduce([same[x] for x in PAPER if x != flag])]
-            .sort_values(flag, kind="stable")
-            .assign(flag=flag, setting=table[flag].map(lambda x: WORDS.get(x, str(x))))
-            for flag in PAPER
-        ]
+        parts = []
+        for flag in PAPER:
+            own = table[np.logical_and.reduce([same[x] for x in PAPER if x != flag])].sort_values(flag, kind="stable")
+            parts.append(own.assign(flag=flag, setting=own[flag].map(lambda x: WORDS.get(x, str(x)))))
         table = pd.concat(parts)
     return table, problems
 
@@ -207,23 +169,19 @@ def main(argv: list[str]) -> int:
     draw.add_options(parser)
     args = parser.parse_args(argv)
     choice, drawn = (args.size, tuple(args.envs) if args.envs else None, args.seeds), 0
+    suffix, of_size = ("", "") if args.size == "paper" else (f"-{args.size}", f" ({args.size} size, not the paper's)")
     try:
         runs, problems = load(*args.runs)
         for name in FIGURES if args.figure == "all" else [args.figure]:
             table, more = described(name, runs, *choice)
             if args.figure == "all" and table["value"].isna().all():
                 continue
-            form = FORMS.get(name, OTHER)
+            form, out = FORMS.get(name, OTHER), args.out / f"{name}{suffix}"
             form = form._replace(measures=tuple(args.measure) or form.measures)
-            title = FIGURES[name].title.format(env=", ".join(table["env"].unique()))
-            title += ". " if args.size == "paper" else f" ({args.size} size, not the paper's). "
-            found, picture, caption, lacks = drawing(
-                table, form, title, args.statistic, args.published, dict(args.label)
-            )
-            out = args.out / (name if args.size == "paper" else f"{name}-{args.size}")
-            files = draw.save(
-                out, found, args.github, lambda theme, picture=picture: picture(theme, not args.no_caption)
-            )
+            title = FIGURES[name].title.format(env=", ".join(table["env"].unique())) + of_size + ". "
+            how = {"statistic": args.statistic, "published": args.published, "labels": dict(args.label)}
+            found, picture, caption, lacks = drawing(table, form, title, **how)
+            files = draw.save(out, found, args, picture)
             costs(table.drop_duplicates("path")).to_csv(f"{out}-cost.csv", index=False)
             text = [caption, *problems, *more, *lacks, sentences(verdicts(name, runs, *choice))]
             Path(f"{out}.txt").write_text("\n".join(filter(None, text)) + "\n", encoding="utf-8")

@@ -120,26 +120,22 @@ def _table(file: Path, columns: list[str]) -> tuple[pd.DataFrame, list[str]]:
 
 def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list[str]]:
     """The columns of `runs`, agent_step and value: the evaluations' returns, or a tag of metrics.csv. And problems."""
-    frames, problems, without, runs = [], [], [], runs.drop(columns="value", errors="ignore")
+    frames, problems, runs = [], [], runs.drop(columns="value", errors="ignore")
     for path in runs["path"]:
-        if metric == RETURN:
-            table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
-        else:
-            try:
+        try:
+            if metric == RETURN:
+                table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
+            else:
                 table, said = _table(path / "metrics.csv", ["agent_step", "tag", "value"])
-                problems += said
-            except (OSError, ValueError) as error:
-                problems.append(f"without metrics: {path} ({error})")
-                continue
-            table = table[table["tag"] == metric]
-            without += [str(path)] if table.empty else []
-        frames.append(table[["agent_step", "value"]].assign(path=path))
-    if frames and without and len(without) < len(frames):
-        problems.append(f"no {metric} in {', '.join(without)}")
-    found = pd.concat([pd.DataFrame(columns=["agent_step", "value", "path"]), *frames]) if frames else pd.DataFrame()
-    if found.empty:
+                problems, table = problems + said, table[table["tag"] == metric]
+            frames += [table[["agent_step", "value"]].assign(path=path)] if len(table) else []
+        except (OSError, ValueError) as error:
+            problems.append(f"without metrics: {path} ({error})")
+    if not frames:
         return runs.iloc[:0].assign(agent_step=0, value=0.0), problems
-    found = found.astype({"agent_step": int, "value": float})
+    found = pd.concat(frames).astype({"agent_step": int, "value": float})
+    lacking = [str(path) for path in runs["path"] if path not in set(found["path"])] if metric != RETURN else []
+    problems += [f"no {metric} in {', '.join(lacking)}"] if lacking else []
     if found["agent_step"].nunique() > BINS:
         width = -(-found["agent_step"].max() // BINS)
         found["agent_step"] = -(-found["agent_step"] // width) * width
@@ -150,10 +146,8 @@ def final(curves: pd.DataFrame, since: int | None = None) -> pd.DataFrame:
     """A row per run: the mean over the last tenth of its values, or over those from agent step `since` on."""
     curves = curves.sort_values("agent_step", kind="stable")
     runs = curves.groupby("path", sort=False)
-    if since is not None:
-        used = curves["agent_step"] >= since
-    else:
-        used = runs.cumcount(ascending=False) < (runs["value"].transform("size") // 10).clip(lower=1)
+    tenth = runs.cumcount(ascending=False) < (runs["value"].transform("size") // 10).clip(lower=1)
+    used = tenth if since is None else curves["agent_step"] >= since
     means = curves[used].groupby("path")["value"].mean()
     return runs.tail(1).assign(value=lambda ends: ends["path"].map(means))
 
@@ -163,8 +157,7 @@ def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs
 
     Runs that are missing, short or not as declared are named. Where several have one name, the closest one is taken.
     """
-    rows, lost, odd, others = [], {}, {}, {}
-    there: dict[tuple, list[dict]] = {}
+    rows, lost, odd, others, there = [], {}, {}, {}, {}
     for found in runs.to_dict("records"):
         there.setdefault((found["env"], found["exp_name"], found["seed"]), []).append(found)
     wanted = figures.runs(figure, size, envs, seeds)
@@ -179,9 +172,7 @@ def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs
         differences = []
         for found in there.get((run.env, run.exp_name, run.seed), []):
             have = found["settings"]
-            differs = [
-                f"{x} {have[x]} instead of {value}" for x, value in settings.items() if have.get(x, value) != value
-            ]
+            differs = [f"{x} {have[x]} instead of {y}" for x, y in settings.items() if have.get(x, y) != y]
             differences.append((len(differs), differs, found))
         if differences:
             _, differs, found = min(differences, key=lambda each: each[0])
