@@ -33,7 +33,8 @@ def panels(
     there = table.dropna(subset="value")
     bands = banded(table)
     rows, cols = there["row"].unique(), there["col"].unique()  # no row or column of empty panels
-    places = [(row, col) for row in rows for col in (cols if cols.dtype == object else sorted(cols))]
+    cols = sorted(cols) if pd.api.types.is_numeric_dtype(table["col"]) else cols
+    places = [(row, col) for row in rows for col in cols]
     across = min(3, len(cols)) if len(rows) == 1 else len(cols)
     down = -(-len(places) // across)
     names = sorted(table["series"].unique(), key=[*LOOKS, *table["series"]].index)

@@ -16,23 +16,25 @@ from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
 SRANK = "plasticity/critic_srank"
+TAGS = [SRANK, *(f"plasticity/{module}_dormant_ratio" for module in ("encoder", "critic", "actor"))]
 PRE, POST = figures.runs("fig17", "toy")[:2]
 
 
 def write(
-    folder: Path, name: str = "mst", seed: int = 1, *, returns=(0, 10, 20), env="dog-run", config=(), **args
+    folder: Path, name="mst", seed=1, *, returns=(0, 10, 20), every=100, env="dog-run", config=(), **args
 ) -> Path:
-    """A run directory as a script leaves it, evaluated every 100 steps."""
+    """A run directory as a script leaves it. Its metrics are its returns, too."""
     path = folder / f"{env}__{name}__{seed}"
-    path.mkdir(parents=True)
-    steps = [100 * i for i in range(len(returns))]
-    args = {"env_id": env, "exp_name": name, "seed": seed, "total_timesteps": steps[-1], "critic_regime": "dst"} | args
+    path.mkdir(parents=True, exist_ok=True)
+    logged = [(every * i, value) for i, value in enumerate(returns)]
+    args = {"critic_regime": "dst"} | args | {"env_id": env, "exp_name": name, "seed": seed}
+    args = {"total_timesteps": logged[-1][0]} | args
     modules = {"critic": {"parameters": 100, "active_parameters": 40}}
     whole = {"script": "mst_mrq", "args": args, "modules": modules, "command": ["mst_mrq.py"]} | dict(config)
     (path / "config.json").write_text(json.dumps(whole))
-    rows = [f"{step},{2 * step},{value},1.5,5,{step / 10}\n" for step, value in zip(steps, returns, strict=True)]
+    rows = [f"{step},{2 * step},{value},1.5,5,{step / 10}\n" for step, value in logged]
     (path / "eval.csv").write_text(HEADER + "".join(rows))
-    rows = [f"{step},{SRANK},{value}\n" for step, value in zip(steps, returns, strict=True)]
+    rows = [f"{step},{tag},{value}\n" for step, value in logged for tag in TAGS]
     (path / "metrics.csv").write_text("agent_step,tag,value\n" + "".join(rows))
     return path
 
