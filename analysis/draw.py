@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from analysis.looks import COLUMN, LOOKS, PAGE, SMALL, look, style
 from analysis.runs import STATISTICS, estimates
@@ -87,7 +87,8 @@ def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict, band
                 ax.plot(run["x"], run["value"], linewidth=0.4, alpha=0.6, **color)
         every = max(1, len(line) // 5)  # few markers, at other steps than those of the other lines
         points(ax, line[min(int((k + 0.5) * every / len(drawn)), len(line) - 1) :: every], shown, strokes=not bands)
-    ax.xaxis.set_major_locator(MaxNLocator(3, **STEPS))
+    steps = panel["x"].dropna().unique()
+    ax.xaxis.set_major_locator(MaxNLocator(3, **STEPS) if len(steps) > 1 else FixedLocator(steps))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -146,7 +147,7 @@ def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
 
 
 def add_options(parser) -> None:
-    parser.add_argument("--statistic", choices=STATISTICS, default="iqm", help="over the seeds (iqm)")
+    parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the seeds (iqm)")
     parser.add_argument(
         "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
     )
