@@ -1,344 +1,249 @@
-"""Load runs as tidy pandas frames, by figure of the paper or by folder, and name what is missing, short or damaged.
+"""Runs as pandas frames, and statistics over their seeds (Agarwal et al. 2021, arXiv 2108.13264).
 
-    loaded = load_figure("fig06", "runs")
-    print(loaded.report())  # what is missing or short; "" if nothing is
-    loaded.runs  # a row per run that the figure needs
-    loaded.evaluations  # a row per evaluation
-    loaded.scalars(["plasticity/critic_dormant_ratio"])  # a row per value in TensorBoard
+    runs, problems = load("runs")                   # a row per run: script, env, label, seed, state, path, arguments
+    curves, more = values(runs)                     # a row per evaluation: the same columns, agent_step and value
+    estimates(final(curves), ["env", "label"])      # value, low, high, n, tasks
 
-Parameters and FLOPs come from the networks that a run's script builds from its arguments, on torch's meta device, which
-holds no data.
+`problems` are sentences that name what is left out, repeated, missing or not as declared.
 """
 
+import csv
 import functools
-import importlib
 import json
-import logging
-import os
-import re
-import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from math import floor, nan, prod
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from tensorboard.compat.proto.event_pb2 import Event
-from torch import nn
+from scipy import stats
 
 from experiments import figures
-from sparse_utils import erdos_renyi_sparsities, scheduled_sparsity, uniform_dense_output, uniform_sparsities
 
-EVALUATION_COLUMNS = {
-    "agent_step": int, "env_step": int, "episode_return_mean": float, "episode_return_std": float, "episodes": int,
-    "wall_seconds": float,
+RETURN = "return"
+EVALUATIONS = ["agent_step", "env_step", "episode_return_mean", "episode_return_std", "episodes", "wall_seconds"]
+# Arguments that say where and how a run is done, not what it computes; those of older scripts, too
+NOT_SETTINGS = {
+    "exp_name", "seed", "env_id", "runs_dir", "cuda", "cuda_graphs", "compile", "track", "dry_run", "log_interval",
+    "checkpoint_minutes", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_processes", "eval_only",
+    "capture_video", "diagnostics", "wandb_entity", "wandb_project_name", "torch_deterministic", "matmul_precision",
 }  # fmt: skip
-PUBLISHED_COLUMNS = ["env", "algo", "seed", "agent_step", "env_step", "return"]
-# Arguments that say where and how a run is done, not what it computes
-NOT_SETTINGS = (
-    "exp_name", "seed", "torch_deterministic", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
-    "runs_dir", "dry_run", "eval_only", "env_id", "log_interval", "checkpoint_interval", "diagnostics",
-    "eval_processes", "cuda_graphs", "compile",
-)  # fmt: skip
+BINS = 200  # of agent steps, at most: what was logged more often is averaged
 
 
-@dataclass
-class Loaded:
-    """Runs in tidy frames. Each frame has the columns of `identity`, of which `directory` alone tells runs apart.
+def load(*folders: str | Path) -> tuple[pd.DataFrame, list[str]]:
+    """A row per run in the folders, or for these run directories themselves, and what there is to say about them.
 
-    Attributes:
-        figure: name of the figure; None for runs of no figure.
-        flags: the columns that set cells apart, at the paper's size also for toy runs. A flag that a cell leaves out
-            has the default of its script; None where the script has no such flag.
-        runs: a row per run that is needed, the columns of `identity` and
-            state: "complete", "short" (last evaluation before total_timesteps) or "missing" (no evaluation),
-            agent_step: of the last evaluation, NaN if missing; total_timesteps: agent steps of the whole run,
-            parameters, active, flops, sparse_flops and those of each module: see `size`,
-            wall_seconds: of the run until its last evaluation began,
-            git_commit.
-        evaluations: a row per evaluation, the columns of `identity` and of `eval.csv`.
-        problems: what `report` says beside missing and short runs.
-    """
-
-    figure: str | None
-    flags: list[str]
-    runs: pd.DataFrame
-    evaluations: pd.DataFrame
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def identity(self) -> list[str]:
-        return ["script", "env", "seed", *self.flags, "exp_name", "directory"]
-
-    def scalars(self, tags: Sequence[str]) -> pd.DataFrame:
-        """What runs logged to TensorBoard: the columns of `identity`, tag, agent_step, value.
-
-        Every step of a tag once per run. No rows for what a run did not log.
-        """
-        rows = []
-        for path in self.runs["directory"]:
-            rows += [(path, *key, value) for key, value in _scalars(path, tuple(tags)).items()]
-        found = pd.DataFrame(rows, columns=["directory", "tag", "agent_step", "value"])
-        return self.runs[self.identity].merge(found.astype({"agent_step": int, "value": float}), on="directory")
-
-    def report(self) -> str:
-        """What is missing, short, damaged or not as declared, by name; "" if nothing is."""
-        lines = []
-        missing = self.runs[self.runs["state"] == "missing"]
-        for (env, name), group in missing.groupby(["env", "exp_name"], sort=False):
-            lines.append(f"missing: {env}__{name}, seed {', '.join(map(str, group['seed']))}")
-        for run in self.runs[self.runs["state"] == "short"].itertuples():
-            lines.append(
-                f"short: {Path(run.directory).name}, {run.agent_step:,.0f} of {run.total_timesteps:,} agent steps"
-            )
-        return "\n".join(lines + self.problems)
-
-
-def load_figure(
-    figure: str,
-    runs_dir: str | Path,
-    size: figures.Size = "paper",
-    envs: tuple[str, ...] | None = None,
-    seeds: int | None = None,
-    only: dict[str, tuple[str, ...]] | None = None,
-) -> Loaded:
-    """Load the runs of a figure, there or not; the choice of runs is that of `experiments.figures.runs`.
-
-    Raises:
-        ValueError: unknown figure, no such cell, or `runs_dir` is no folder; the message says what to write instead.
-    """
-    chosen = figures.runs(figure, size, envs, seeds, only)
-    flags = list(dict.fromkeys(flag for run in chosen for flag in run.cell if flag != "script"))
-    rows = []
-    for run in chosen:
-        declared = _arguments(run.script, {**run.settings, "env_id": run.env})
-        at_paper_size = _arguments(run.script, {**replace(run, size="paper").settings, "env_id": run.env})
-        row = {"script": run.script, "env": run.env, "seed": run.seed}
-        row |= {flag: at_paper_size.get(flag) for flag in flags}
-        rows.append(row | {"exp_name": run.exp_name, "directory": run.directory, "declared": declared})
-    return _load(figure, flags, rows, Path(runs_dir))
-
-
-def load_runs(*folders: str | Path, sizes: bool = True) -> Loaded:
-    """Load any run directories, given by name or as the folders that hold them. `flags` are their arguments.
-
-    Args:
-        sizes: with parameters and FLOPs, which takes a second per task.
+    `label` is the experiment name and, where runs of one name have different settings, what differs. A run that is
+    there several times (a link, a copy) counts once: the longest. `state` is "complete", "short" or "no evaluation".
 
     Raises:
         ValueError: there is no run.
     """
-    found = [
-        [folder] if (folder / "config.json").exists() else sorted(folder.glob("*/")) for folder in map(Path, folders)
-    ]
-    configs = {path: _config(path) for paths in found for path in paths if (path / "config.json").exists()}
-    if not any(configs.values()):
-        raise ValueError(f"no run in {', '.join(map(str, folders))}: give the folder that holds the run directories")
-    arguments = {path: config["args"] for path, config in configs.items() if config}
-    flags = list(dict.fromkeys(name for args in arguments.values() for name in args if name not in NOT_SETTINGS))
-    rows = []
-    for path, args in arguments.items():
-        row = {"script": Path(configs[path]["command"][0]).stem, "env": args["env_id"], "seed": args["seed"]}
-        row |= {flag: args.get(flag) for flag in flags}
-        rows.append(row | {"exp_name": args["exp_name"], "directory": path, "declared": args})
-    loaded = _load(None, flags, rows, Path(), sizes)
-    loaded.problems += [f"damaged: config.json of {path.name} (left out)" for path in configs if not configs[path]]
-    return loaded
-
-
-def load_published(path: str | Path) -> pd.DataFrame:
-    """Published curves to lay over one's own: env, algo, seed, agent_step, env_step, return.
-
-    Raises:
-        ValueError: a column is missing.
-    """
-    frame = pd.read_csv(path)
-    if missing := [name for name in PUBLISHED_COLUMNS if name not in frame]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write a CSV with columns {','.join(PUBLISHED_COLUMNS)}")
-    return frame[PUBLISHED_COLUMNS]
-
-
-def _load(figure: str | None, flags: list[str], rows: list[dict], runs_dir: Path, sizes: bool = True) -> Loaded:
-    if not runs_dir.is_dir():
-        raise ValueError(f"{runs_dir} is no folder: give the one that holds the run directories")
-    evaluations, problems, deviations = [], [], {}
-    for row in rows:
-        path, declared = runs_dir / row["directory"], row.pop("declared")
-        config = _config(path)
-        if config is None and (path / "config.json").exists():
-            problems.append(f"damaged: config.json of {path.name} (taken as declared)")
-        args = config["args"] if config else declared
-        for name, value in declared.items():
-            if (
-                value is not None and args.get(name) != value and name not in NOT_SETTINGS
-            ):  # None: for the script to say
-                deviations.setdefault(f"{name} {args.get(name)} instead of {value}", []).append(path.name)
-        own, broken = _evaluations(path / "eval.csv")
-        evaluations += [(str(path), *values) for values in own]
-        problems += [f"damaged: eval.csv of {path.name}, line {number} (left out)" for number in broken]
-        last = dict(zip(EVALUATION_COLUMNS, own[-1], strict=True)) if own else {"agent_step": nan, "wall_seconds": nan}
-        row |= {
-            "directory": str(path),
-            "state": "missing" if not own else "complete" if last["agent_step"] >= args["total_timesteps"] else "short",
-            "agent_step": last["agent_step"],
-            "total_timesteps": args["total_timesteps"],
-            "wall_seconds": last["wall_seconds"],
-            "git_commit": config.get("git_commit") if config else None,
-        }
-        if sizes:
-            row |= size(row["script"], args)
-    for text, names in deviations.items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        problems.append(f"not as declared: {text} in {len(names)} of {len(rows)} runs ({shown})")
-    runs = pd.DataFrame(rows)
-    for env in runs.loc[runs["parameters"].isna(), "env"].unique() if sizes else ():
-        problems.append(f"no parameters and FLOPs: {env} cannot be made here")
-    loaded = Loaded(figure, flags, runs, pd.DataFrame(), problems)
-    found = pd.DataFrame(evaluations, columns=["directory", *EVALUATION_COLUMNS]).astype(EVALUATION_COLUMNS)
-    loaded.evaluations = runs[loaded.identity].merge(found, on="directory")
-    return loaded
-
-
-def _config(directory: Path) -> dict | None:
-    """The run's `config.json`, None if it is not there or damaged."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        return config if isinstance(config["args"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _evaluations(path: Path) -> tuple[list[list], list[int]]:
-    """The rows of an `eval.csv` by agent step and the numbers of its damaged lines, from 1. Nothing without the file.
-
-    A crash of the machine can leave a part of a line.
-    """
-    rows, broken = {}, []
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
+    places, rows, problems = [], [], []
+    for folder in map(Path, folders):
+        found = {p.parent for form in ("config.json", "*/config.json", "**/config.json") for p in folder.glob(form)}
+        places += sorted(found)
+    paths: dict[Path, list[Path]] = {}
+    for place in places:
+        paths.setdefault(place.resolve(), []).append(place)
+    problems += [f"there twice, counted once: {', '.join(map(str, again))}" for again in paths.values() if again[1:]]
+    for path in paths:
         try:
-            if not line.endswith("\n") or (number == 1 and line.strip() != ",".join(EVALUATION_COLUMNS)):
-                raise ValueError
-            if number > 1:
-                row = [kind(x) for kind, x in zip(EVALUATION_COLUMNS.values(), line.split(","), strict=True)]
-                rows[row[0]] = row
-        except ValueError:
-            broken.append(number)
-    return [rows[step] for step in sorted(rows)], broken
+            row, said = _run(path)
+            rows.append(row)
+            problems += said
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            problems.append(f"left out: {path} ({type(error).__name__}: {error})")
+    if not rows:
+        raise ValueError("\n".join([f"no run in {', '.join(map(str, folders))}: give run directories", *problems]))
+    for name in dict.fromkeys(row["exp_name"] for row in rows):
+        group = [row for row in rows if row["exp_name"] == name]
+        by_env = [_settings(row for row in group if row["env"] == env) for env in {row["env"] for row in group}]
+        apart = sorted({flag for settings in by_env for flag, found in settings.items() if len(found) > 1})
+        for row in group:
+            told = ", ".join(f"{flag} {row['settings'].get(flag)}" for flag in apart)
+            row["label"] = f"{name} ({told})" if apart else name
+        if apart:
+            problems.append(f"{name} has runs with different {', '.join(apart)}: shown apart")
+    runs = pd.DataFrame(rows).sort_values("steps", ascending=False, kind="stable")
+    twice = runs.duplicated(["env", "label", "seed"])
+    problems += [f"the same run as a longer or equal one, left out: {path}" for path in runs.loc[twice, "path"]]
+    return runs[~twice].sort_index().reset_index(drop=True), problems
 
 
-# TensorBoard --------------------------------------------------------------------------------------------------------
+def _run(path: Path) -> tuple[dict, list[str]]:
+    config = json.loads((path / "config.json").read_text())
+    args = config["args"]
+    script, env = config.get("script") or Path(config["command"][0]).stem, args["env_id"]
+    evaluations, problems = _evaluations(path)
+    steps = evaluations["agent_step"].max()
+    state = "no evaluation" if evaluations.empty else "complete" if steps >= args["total_timesteps"] else "short"
+    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS} | {"script": script}
+    row = args | {"script": script, "env": env, "seed": int(args["seed"]), "exp_name": str(args["exp_name"])}
+    row |= {"path": path, "steps": steps, "state": state, "hours": evaluations["wall_seconds"].max() / 3600}
+    for module, counts in (config.get("modules") or {}).items():
+        row |= {f"{module}_parameters": counts["parameters"], f"{module}_active": counts["active_parameters"]}
+        row["parameters"] = row.get("parameters", 0) + counts["parameters"]
+        row["active"] = row.get("active", 0) + counts["active_parameters"]
+    return row | {"settings": settings}, problems
 
 
-def _scalars(directory: str, tags: tuple[str, ...]) -> dict[tuple[str, int], float]:
-    """The value of each tag and step of a run, over all its event files. A step logged twice has the later value."""
-    found = {}
-    for path in sorted(Path(directory).glob("events.out.tfevents.*")):
-        for record in _records(path.read_bytes(), tags):
-            event = Event.FromString(record)
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value if value.tag in tags}
+def _settings(rows: Iterable[dict]) -> dict[str, set]:
+    """The values of each setting. A flag that a run does not know, as one of an older script, is no difference."""
+    found: dict[str, set] = {}
+    for row in rows:
+        for name, value in row["settings"].items():
+            found.setdefault(name, set()).add(value if isinstance(value, int | float | None) else str(value))
     return found
 
 
-def _records(data: bytes, tags: tuple[str, ...]) -> Iterator[bytes]:
-    """The records of an event file that hold one of the tags. A record that a crash cut off ends the file.
+def _evaluations(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    file = path / "eval.csv"
+    return _table(file, EVALUATIONS) if file.exists() else (pd.DataFrame(columns=EVALUATIONS, dtype=float), [])
 
-    A record is its length in 8 bytes, 4 of a checksum, its content, 4 of a checksum. TensorBoard's own reader computes
-    the checksums in Python and parses every record, which takes 40 times as long and more.
+
+def _table(file: Path, columns: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """A run's CSV, without what is damaged. Of rows with the same agent step (and tag) the last one counts."""
+    form = {"dtype": str, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "encoding_errors": "replace"}
+    table = pd.read_csv(file, skip_blank_lines=False, **form)
+    if list(table) != columns:
+        raise ValueError(f"{file.name} has the columns {','.join(map(str, table))}")
+    lines = len(file.read_bytes().splitlines()) - 1
+    numbers = [name for name in columns if name != "tag"]
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+    table = table[np.isfinite(table[numbers].to_numpy(float)).all(axis=1)]
+    lost = max(lines - len(table), 0)
+    problems = [f"damaged: {lost} of {lines} lines of {file} (left out)"] if lost else []
+    keys = [name for name in columns if name in ("agent_step", "tag")]
+    return table.drop_duplicates(keys, keep="last").sort_values("agent_step", kind="stable"), problems
+
+
+def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list[str]]:
+    """The columns of `runs`, agent_step and value: the evaluations' returns, or a tag of metrics.csv. And problems."""
+    frames, problems, runs = [], [], runs.drop(columns="value", errors="ignore")
+    for path in runs["path"]:
+        try:
+            if metric == RETURN:
+                table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
+            else:
+                table, said = _table(path / "metrics.csv", ["agent_step", "tag", "value"])
+                problems, table = problems + said, table[table["tag"] == metric]
+            frames += [table[["agent_step", "value"]].assign(path=path)] if len(table) else []
+        except (OSError, ValueError) as error:
+            problems.append(f"without metrics: {path} ({error})")
+    if not frames:
+        return runs.iloc[:0].assign(agent_step=0, value=0.0), problems
+    found = pd.concat(frames).astype({"agent_step": int, "value": float})
+    lacking = [str(path) for path in runs["path"] if path not in set(found["path"])] if metric != RETURN else []
+    problems += [f"no {metric} in {', '.join(lacking)}"] if lacking else []
+    if found["agent_step"].nunique() > BINS:
+        width = -(-found["agent_step"].max() // BINS)
+        found["agent_step"] = -(-found["agent_step"] // width) * width
+    return runs.merge(found.groupby(["path", "agent_step"], as_index=False)["value"].mean(), on="path"), problems
+
+
+def final(curves: pd.DataFrame, since: int | None = None) -> pd.DataFrame:
+    """A row per run: the mean over the last tenth of its values, or over those from agent step `since` on."""
+    curves = curves.sort_values("agent_step", kind="stable")
+    runs = curves.groupby("path", sort=False)
+    tenth = runs.cumcount(ascending=False) < (runs["value"].transform("size") // 10).clip(lower=1)
+    used = tenth if since is None else curves["agent_step"] >= since
+    means = curves[used].groupby("path")["value"].mean()
+    return runs.tail(1).assign(value=lambda ends: ends["path"].map(means))
+
+
+def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs=None, seeds: int | None = None):
+    """A row per run that a figure declares: its flags at the paper's size, path, state, size of the run. And problems.
+
+    Runs that are missing, short or not as declared are named. Where several have one name, the closest one is taken.
     """
-    length, find = struct.Struct("<Q"), re.compile(b"|".join(re.escape(tag.encode()) for tag in tags)).search
-    end = 0  # of the record before
-    while match := find(data, end):
-        while end <= match.start():
-            start, end = end + 12, end + 16 + length.unpack_from(data, end)[0]
-        if end > len(data):
-            return
-        yield data[start : end - 4]
+    rows, lost, odd, others, there = [], {}, {}, {}, {}
+    for found in runs.to_dict("records"):
+        there.setdefault((found["env"], found["exp_name"], found["seed"]), []).append(found)
+    wanted = figures.runs(figure, size, envs, seeds)
+    flags = dict.fromkeys(flag for run in wanted for flag in run.cell)
+    for run in wanted:
+        usual = figures.defaults(run.script)
+        row = {flag: run.cell.get(flag, usual.get(flag)) for flag in flags}
+        row |= {"script": run.script, "env": run.env, "seed": run.seed, "exp_name": run.exp_name}
+        row |= {"state": "missing", "path": None}
+        settings = {**usual, **run.settings, "script": run.script}
+        settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+        differences = []
+        for found in there.get((run.env, run.exp_name, run.seed), []):
+            have = found["settings"]
+            differs = [f"{x} {have[x]} instead of {y}" for x, y in settings.items() if have.get(x, y) != y]
+            differences.append((len(differs), differs, found))
+        if differences:
+            _, differs, found = min(differences, key=lambda each: each[0])
+            row |= {name: value for name, value in found.items() if name not in row or name in ("state", "path")}
+            for text in differs:
+                odd.setdefault(text, []).append(found["path"].name)
+            for name, value in found["settings"].items():
+                if name not in settings and name not in flags:
+                    counts = others.setdefault((run.script, run.env, name), {})
+                    counts[str(value)] = counts.get(str(value), 0) + 1
+        if row["state"] != "complete":
+            done = f" ({row['steps']:,.0f} of {row['total_timesteps']:,} steps)" if row["state"] == "short" else ""
+            lost.setdefault((row["state"], f"{run.env}__{run.exp_name}"), []).append(f"{run.seed}{done}")
+        rows.append(row)
+    problems = [f"{state}: {name}, seed {', '.join(of)}" for (state, name), of in lost.items()]
+    for text, of in odd.items():
+        shown = ", ".join(of[:3]) + (", ..." if len(of) > 3 else "")
+        problems.append(f"not as declared: {text} in {len(of)} of {len(rows)} runs ({shown})")
+    for (script, env, name), counts in others.items():
+        if len(counts) > 1:
+            shown = ", ".join(f"{value} in {count} runs" for value, count in sorted(counts.items()))
+            problems.append(f"{script} on {env}: runs with different {name} ({shown})")
+    return pd.DataFrame(rows), problems
 
 
-# Parameters and FLOPs -----------------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------------------------
 
 
-def size(script: str, args: dict) -> dict[str, float]:
-    """Parameters and FLOPs of a run's networks, NaN if its environment cannot be made here.
+def iqm(x: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis: floor(n / 4) of the n values are left out at each end."""
+    return stats.trim_mean(x, 0.25, axis=-1)
 
-    Of the agent, and of each module under `<module>_...`:
-        parameters: all of them, without targets and without the encoder's predictor, as the paper counts.
-        active: those outside the masks; under s2d and d2s the mean over training.
-        flops: of one forward pass through every module for one sample, two (a multiplication and an addition) per
-            weight of a linear layer. Biases, norms, activations and the predictor are not counted. An update costs a
-            multiple of it that depends on the algorithm, about three times a module's forward pass for its own loss.
-        sparse_flops: the same of the active weights alone. Theoretical: the code multiplies dense matrices, so that
-            wall-clock time does not follow it.
 
-    Args:
-        script: "mst_mrq".
-        args: arguments of the run by name; those left out have the script's default.
+def mean(x: np.ndarray) -> np.ndarray:
+    return np.mean(x, axis=-1)
+
+
+def spread(x: np.ndarray) -> np.ndarray:
+    """Standard deviation over the last axis."""
+    return np.std(x, axis=-1, ddof=1)
+
+
+STATISTICS = {"iqm": iqm, "mean": mean, "spread": spread}
+
+
+def in_words(metric: str) -> str:
+    """A metric's tag in words: "Critic dormant ratio"."""
+    words = metric.split("/")[-1].replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+@functools.lru_cache(maxsize=512)
+def _draws(n: int, seed: int, number: int = 2000) -> np.ndarray:
+    return np.random.default_rng([seed, n]).integers(n, size=(number, n))
+
+
+def resamples(x: np.ndarray, statistic=iqm, seed: int = 0) -> np.ndarray:
+    """The statistic of x, then of 2,000 bootstrap resamples of x. NaN for one value, which has no spread."""
+    x = np.asarray(x, float)
+    again = _draws(max(len(x), 1), seed)
+    return np.append(statistic(x), statistic(x[again]) if len(x) > 1 else np.full(len(again), np.nan))
+
+
+def estimates(table: pd.DataFrame, by: list[str], statistic=iqm) -> pd.DataFrame:
+    """value, low, high, n, tasks by groups: over the seeds of each task, then the mean over tasks; bootstrap 95%.
+
+    n is the number of runs on the task that has fewest.
     """
-    module = importlib.import_module(script)
-    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
-    counted = _size(script, tuple(settings.items()), _dimensions(script, args["env_id"]))
-    total = {what: sum(counts[what] for counts in counted.values()) for what in next(iter(counted.values()))}
-    return total | {f"{name}_{what}": count for name in module.MODULES for what, count in counted[name].items()}
-
-
-@functools.cache
-def _dimensions(script: str, env_id: str) -> tuple[int, int] | None:
-    """Sizes of observation and action, None if the environment cannot be made."""
-    module = importlib.import_module(script)
-    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn
-    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's warnings of attributes in the suite's models
-    try:
-        env = module.AgentEnv(module.Args(env_id=env_id))
-    except ValueError:
-        return None
-    env.close()
-    return env.observation_space.shape[0], env.action_space.shape[0]
-
-
-@functools.cache
-def _size(script: str, settings: tuple, dimensions: tuple[int, int] | None) -> dict[str, dict[str, float]]:
-    module = importlib.import_module(script)
-    if dimensions is None:
-        return {name: dict.fromkeys(("parameters", "active", "flops", "sparse_flops"), nan) for name in module.MODULES}
-    known = asdict(module.Args())
-    args = module.Args(**{name: value for name, value in settings if name in known})
-    with torch.device("meta"):
-        networks = module.make_networks(args, *dimensions)
-    solve = {"er": erdos_renyi_sparsities, "uniform": uniform_sparsities, "uniform-dense-output": uniform_dense_output}
-    counted = {}
-    for name, network in zip(module.MODULES, networks, strict=True):
-        parameters = sum(p.numel() for key, p in network.named_parameters() if not key.startswith("predictor."))
-        linear = {key: layer for key, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-        shapes = {key: tuple(layer.weight.shape) for key, layer in linear.items() if key != "predictor"}
-        weights = sum(map(prod, shapes.values()))
-        zeros = 0.0
-        if (regime := getattr(args, f"{name}_regime")) != "dense":
-            sparsities = solve[args.distribution](shapes, getattr(args, f"{name}_sparsity"))
-            zeros = sum(floor(sparsities[key] * prod(shape)) for key, shape in shapes.items())
-            zeros *= _mean_schedule(regime, args.schedule_start, args.schedule_end)
-        counted[name] = {
-            "parameters": parameters,
-            "active": round(parameters - zeros),
-            "flops": 2 * weights,
-            "sparse_flops": 2 * round(weights - zeros),
-        }
-    return counted
-
-
-def _mean_schedule(regime: str, start: float | None, end: float | None) -> float:
-    """Mean of eq. 2 over training, as a share of the sparsity that it starts from or ends at."""
-    if regime not in ("s2d", "d2s"):
-        return 1.0
-    default_start, default_end = (0.2, 0.8) if regime == "d2s" else (0.0, 1.0)
-    start, end = default_start if start is None else start, default_end if end is None else end
-    initial, final = (0.0, 1.0) if regime == "d2s" else (1.0, 0.0)
-    steps = (np.arange(1000) + 0.5) / 1000
-    return float(np.mean([scheduled_sparsity(step, initial, final, start, end) for step in steps]))
-
-
-def _arguments(script: str, flags: dict) -> dict:
-    """All arguments of a script that is given these flags, as `config.json` would record them."""
-    return asdict(importlib.import_module(script).Args(**flags))
+    rows = []
+    for place, group in table.dropna(subset="value").groupby(by, sort=False, dropna=False):
+        tasks = [x.to_numpy() for _, x in group.groupby("env")["value"]]
+        value, *again = np.mean([resamples(x, statistic, i) for i, x in enumerate(tasks)], axis=0)
+        rows.append((*place, value, *np.quantile(again, [0.025, 0.975]), min(map(len, tasks)), len(tasks)))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "tasks"])

@@ -1,273 +1,217 @@
-"""Loading: what is missing, short or damaged is named, nothing counts twice, and sizes are those of the networks.
+"""Reading runs: what counts, what is named, what is left out. Curves of any runs, tables in pages, the notebook."""
 
-Then curves of any runs, and the notebooks, which run on the runs of results/small.
-"""
-
-import dataclasses
-import importlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
-import torch
 from conftest import ENVIRONMENT, ROOT
-from matplotlib import image
 from nbclient import NotebookClient
-from torch.utils.tensorboard import SummaryWriter
 
-from analysis.curves import BINS, curves, draw, final, main, values
-from analysis.runs import load_figure, load_runs, size
+from analysis import curves, tables
+from analysis.runs import declared, final, load, values
 from experiments import figures
 
 HEADER = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds\n"
-PRE, POST = figures.runs("fig17", size="toy")[:2]
-TAG = "plasticity/critic_srank"
+SRANK = "plasticity/critic_srank"
+TAGS = [SRANK, *(f"plasticity/{module}_dormant_ratio" for module in ("encoder", "critic", "actor"))]
+PRE, POST = figures.runs("fig17", "toy")[:2]
 
 
-def write(runs_dir: Path, run: figures.Run, steps=(0, 1250), scalars=(), **changes) -> Path:
-    """A run directory as the script leaves it, with a return of 10 more at each evaluation."""
-    path = runs_dir / run.directory
-    args = importlib.import_module(run.script).Args(**run.settings, env_id=run.env, seed=run.seed)
-    args = dataclasses.asdict(args) | {"exp_name": run.exp_name} | changes
-    path.mkdir(parents=True)
-    config = {"args": args, "command": [f"/somewhere/{run.script}.py"], "git_commit": "abc"}
-    (path / "config.json").write_text(json.dumps(config))
-    rows = "".join(f"{step},{8 * step},{10.0 * i},1.5,5,{float(i)}\n" for i, step in enumerate(steps))
-    (path / "eval.csv").write_text(HEADER + rows)
-    if scalars:
-        log(path, scalars)
+def write(
+    folder: Path, name="mst", seed=1, *, returns=(0, 10, 20), every=100, env="dog-run", config=(), **args
+) -> Path:
+    """A run directory as a script leaves it. Its metrics are its returns, too."""
+    path = folder / f"{env}__{name}__{seed}"
+    path.mkdir(parents=True, exist_ok=True)
+    logged = [(every * i, value) for i, value in enumerate(returns)]
+    args = {"critic_regime": "dst"} | args | {"env_id": env, "exp_name": name, "seed": seed}
+    args = {"total_timesteps": logged[-1][0]} | args
+    modules = {"critic": {"parameters": 100, "active_parameters": 40}}
+    whole = {"script": "mst_mrq", "args": args, "modules": modules, "command": ["mst_mrq.py"]} | dict(config)
+    (path / "config.json").write_text(json.dumps(whole))
+    rows = [f"{step},{2 * step},{value},1.5,5,{step / 10}\n" for step, value in logged]
+    (path / "eval.csv").write_text(HEADER + "".join(rows))
+    rows = [f"{step},{tag},{value}\n" for step, value in logged for tag in TAGS]
+    (path / "metrics.csv").write_text("agent_step,tag,value\n" + "".join(rows))
     return path
 
 
-def log(path: Path, scalars, suffix="") -> Path:
-    with SummaryWriter(path, filename_suffix=suffix) as writer:
-        for tag, step, value in scalars:
-            writer.add_scalar(tag, value, step)
-    return next(path.glob(f"events*{suffix}"))
+def draw(*arguments, out: Path) -> int:
+    return curves.main([*map(str, arguments), "--out", str(out / "a.svg")])
 
 
-def load(runs_dir, **options):
-    return load_figure("fig17", runs_dir, size="toy", seeds=1, only={"critic_scale": ("1",)}, **options)
+def test_a_run_counts_once_whatever_leads_to_it(tmp_path):
+    runs, link = tmp_path / "runs", tmp_path / "link"
+    for seed in (1, 2, 3):
+        write(runs, seed=seed, total_timesteps=300)
+    link.symlink_to(runs)
+    write(tmp_path / "copy", seed=2, returns=(0, 10, 20, 30), total_timesteps=300)  # the same run, further on
+    found, problems = load(runs, link, tmp_path / "copy")
+    assert (len(found), found["steps"].max()) == (3, 300)
+    assert sum("there twice, counted once" in each for each in problems) == 3
+    assert any("the same run" in each and "runs/dog-run__mst__2" in each for each in problems)
 
 
-def test_missing_and_short_runs_are_named(tmp_path):
-    write(tmp_path, PRE, steps=(0, 250, 500))
-    loaded = load(tmp_path)
-    assert loaded.runs[["residual", "state"]].values.tolist() == [["pre", "short"], ["post", "missing"]]
-    assert loaded.report() == (
-        f"missing: cartpole-balance__{POST.exp_name}, seed 1\nshort: {PRE.directory}, 500 of 1,250 agent steps"
-    )
+@pytest.mark.parametrize(
+    "how", [{"critic_sparsity": 0.9}, {"action_repeat": 8}, {"config": {"script": "mst_sac"}.items()}]
+)
+def test_one_name_with_two_settings_becomes_two_lines_and_is_said(tmp_path, how):
+    write(tmp_path, seed=1, critic_sparsity=0.5, action_repeat=2)
+    write(tmp_path, seed=2, **{"critic_sparsity": 0.5, "action_repeat": 2} | how)
+    write(tmp_path, "other", log_interval=10)  # neither what only operates nor a new flag tells runs apart
+    write(tmp_path, "other", seed=2, log_interval=50, new_flag=3)
+    found, problems = load(tmp_path)
+    assert found.groupby("exp_name")["label"].nunique().to_dict() == {"mst": 2, "other": 1}
+    assert [each for each in problems if "different" in each and "shown apart" in each]
 
 
-def test_evaluations_are_tidy(tmp_path):
-    path = write(tmp_path, PRE)
-    write(tmp_path, POST)
-    loaded = load(tmp_path)
-    assert (loaded.report(), loaded.runs["state"].tolist()) == ("", ["complete", "complete"])
-    found = loaded.evaluations[["residual", "seed", "agent_step", "env_step", "episode_return_mean"]].values.tolist()
-    steps = [(0, 0, 0), (1250, 10_000, 10)]
-    assert found == [[residual, 1, *step] for residual in ("pre", "post") for step in steps]
-    assert set(loaded.identity) < set(loaded.evaluations)
-    assert loaded.runs[["directory", "wall_seconds", "git_commit"]].values.tolist()[0] == [str(path), 1.0, "abc"]
+def test_what_is_foreign_or_damaged_is_named_and_left_out(tmp_path):
+    write(tmp_path)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/config.json").write_text('{"model": "x"}')
+    (write(tmp_path, seed=2) / "eval.csv").write_text("step,return\n0,1\n")
+    (write(tmp_path, seed=3) / "config.json").write_bytes(b"\xff{")
+    half = write(tmp_path, seed=4) / "eval.csv"
+    half.write_text(half.read_text() + "300,600,30")
+    metrics = write(tmp_path, seed=5) / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes().replace(b"agent_step", b"agent\xd3step"))
+    lost = write(tmp_path, seed=6) / "metrics.csv"
+    lost.write_bytes(lost.read_bytes().replace(b"100,", b"1\x80,"))
+    found, problems = load(tmp_path)
+    assert sorted(found["seed"]) == [1, 4, 5, 6]
+    assert sum(each.startswith("left out") for each in problems) == 3
+    assert any("damaged: 1 of 4 lines" in each and "__4/eval.csv" in each for each in problems)
+    logged, problems = values(found, SRANK)
+    assert sorted(logged.groupby("seed").size().items()) == [(1, 3), (4, 3), (6, 2)]
+    assert any("__5" in each for each in problems)
+    assert any("__6/metrics.csv" in each for each in problems)
+    assert draw(tmp_path, out=tmp_path) == 0
 
 
-@pytest.mark.parametrize("tail", ["1250,10000,20.0,1.5,5", "1250,10000,20.0,1.5,5,2.", "12\n", "x,1,1,1,1,1\n", "\n"])
-def test_a_damaged_line_is_left_out_and_named(tmp_path, tail):
-    table = write(tmp_path, PRE, steps=(0, 250)) / "eval.csv"
-    table.write_text(table.read_text() + tail)
-    loaded = load(tmp_path)
-    assert loaded.evaluations["agent_step"].tolist() == [0, 250]
-    assert f"damaged: eval.csv of {PRE.directory}, line 4 (left out)" in loaded.report()
-
-
-def test_damaged_files_are_named(tmp_path):
-    path = write(tmp_path, PRE)
-    (path / "eval.csv").write_text("step,return\n")
-    (path / "config.json").write_text("{")
-    report = load(tmp_path).report()
-    assert f"damaged: eval.csv of {PRE.directory}, line 1" in report
-    assert f"damaged: config.json of {PRE.directory}" in report
-    write(tmp_path, POST)
-    loaded = load_runs(tmp_path)
-    assert loaded.runs["exp_name"].tolist() == [POST.exp_name]
-    assert loaded.report() == f"damaged: config.json of {PRE.directory} (left out)"
-
-
-def test_other_arguments_than_declared_are_named(tmp_path):
-    write(tmp_path, PRE, total_timesteps=300, steps=(0, 300), log_interval=7)  # the last changes no result
-    loaded = load(tmp_path)
-    assert loaded.runs["state"][0] == "complete"
-    assert f"not as declared: total_timesteps 300 instead of 1250 in 1 of 2 runs ({PRE.directory})" in loaded.report()
-    assert "log_interval" not in loaded.report()
-
-
-def test_a_value_logged_twice_counts_once(tmp_path):
-    path = write(tmp_path, PRE, scalars=[(TAG, 50, 1), (TAG, 100, 2), ("losses/critic_loss", 100, 9)])
-    log(path, [(TAG, 100, 3), (TAG, 150, 4)], suffix=".resumed")
-    found = load(tmp_path).scalars([TAG, "absent"])
-    assert found[["residual", "tag", "agent_step", "value"]].values.tolist() == [
-        ["pre", TAG, 50, 1], ["pre", TAG, 100, 3], ["pre", TAG, 150, 4]
+def test_runs_of_a_renamed_script_and_without_an_evaluation_are_read(tmp_path):
+    write(tmp_path, config={"script": "my_sac"}.items())
+    (write(tmp_path, seed=2) / "eval.csv").unlink()
+    found, _ = load(tmp_path)
+    assert found[["script", "state", "parameters", "active"]].values.tolist() == [
+        ["my_sac", "complete", 100, 40], ["mst_mrq", "no evaluation", 100, 40]
     ]  # fmt: skip
 
 
-def test_a_record_cut_off_by_a_crash_ends_its_file(tmp_path):
-    path = write(tmp_path, PRE)
-    events = log(path, [(TAG, 50, 1), (TAG, 100, 2)])
-    whole = events.read_bytes()
-    for length in range(len(whole) - 60, len(whole)):  # the last record has 57 bytes
-        events.write_bytes(whole[:length])
-        assert load(tmp_path).scalars([TAG])["value"].tolist() in ([1], [])
-    assert load(tmp_path).scalars(["absent"]).empty
-
-
-def test_flags_that_a_cell_leaves_out_have_the_scripts_default_at_the_papers_size(tmp_path):
-    loaded = load_figure("rigl", tmp_path, size="toy")
-    assert sorted(set(loaded.runs["topology_update_interval"])) == [100, 1000, 10_000]  # 10 to 1000 in the toy runs
-    assert sorted(set(loaded.runs["drop_fraction"])) == [0.1, 0.3, 0.5]
-    assert set(loaded.runs["critic_scale"]) == {5}
-
-
-def test_runs_of_no_figure_have_the_columns_of_their_arguments(tmp_path):
-    write(tmp_path, dataclasses.replace(PRE, env="gone-v9"))
-    loaded = load_runs(tmp_path)
-    row = loaded.runs[["script", "env", "residual", "batch_size"]].iloc[0]
-    assert (row.tolist(), len(loaded.evaluations)) == (["mst_mrq", "gone-v9", "pre", 64], 2)
-    assert loaded.runs["parameters"].isna().all()
-    assert loaded.report() == "no parameters and FLOPs: gone-v9 cannot be made here"
-    with pytest.raises(ValueError, match="give the folder that holds the run directories"):
-        load_runs(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="give the one that holds the run directories"):
-        load(tmp_path / "nowhere")
-
-
-ENV = {"env_id": "humanoid-run"}
-
-
-@pytest.mark.parametrize("distribution", ["er", "uniform", "uniform-dense-output"])
-@pytest.mark.parametrize("script", ["mst_mrq", "mst_sac", "mst_ddpg", "mst_mrsac"])
-def test_active_parameters_are_those_outside_the_masks(script, distribution):
-    args = {"critic_regime": "dst", "actor_regime": "sst", "distribution": distribution, "width_scale": 0.1} | ENV
-    module = importlib.import_module(script)
-    agent = module.Agent(module.Args(**args), 67, 21, torch.device("cpu"))  # humanoid's observation and action
-    counted = size(script, dataclasses.asdict(agent.args))
-    for name in ("critic", "actor"):
-        parameters = sum(p.numel() for p in getattr(agent, name).parameters())
-        zeros = sum(int((~mask).sum()) for mask in agent.sparsifiers[name].masks.values())
-        assert counted[f"{name}_parameters"] == parameters
-        assert counted[f"{name}_active"] == parameters - zeros
-
-
-def test_flops_are_two_per_weight_and_sample():
-    args = ENV | {"critic_regime": "sst", "critic_sparsity": 0.5, "distribution": "uniform"}
-    weights = 2 * (3 * 512 * 512 + 512)  # two heads: projection, a block of two layers, output
-    counted = size("mst_mrq", args)
-    assert counted["critic_flops"] == 2 * weights
-    assert counted["critic_sparse_flops"] == 2 * weights / 2
-    assert counted["sparse_flops"] == sum(counted[f"{m}_sparse_flops"] for m in ("encoder", "critic", "actor"))
-    # dense, without the predictor: zs (67 observations), za (21 actions), zsa (512 of zs and 256 of za)
-    weights = (67 + 3 * 512) * 512 + 21 * 256 + (512 + 256 + 3 * 512) * 512
-    assert counted["encoder_sparse_flops"] == counted["encoder_flops"] == 2 * weights
-
-
-@pytest.mark.parametrize(("regime", "share"), [("s2d", 1 / 3), ("d2s", 0.6 * 2 / 3 + 0.2)])
-def test_a_schedule_counts_with_its_mean(regime, share):
-    """s2d: the mean of (1 - x)^2; d2s: 0 for a fifth of training, the mean of 1 - (1 - x)^2, then 1 for a fifth."""
-    args = ENV | {"critic_regime": regime, "critic_sparsity": 0.5, "distribution": "uniform"}
-    counted = size("mst_mrq", args)
-    assert counted["critic_sparse_flops"] == pytest.approx(counted["critic_flops"] * (1 - 0.5 * share), rel=1e-5)
-
-
-@pytest.fixture
-def runs_dir(tmp_path):
-    """Two experiments on cartpole-balance, one of them on another task too. A run's returns are 0, 10 and 20."""
-    cartpole = "cartpole-balance"
-    for env, name, seeds in ((cartpole, "mst_sac-dst", 3), (cartpole, "mst_sac", 1), ("b", "mst_sac", 1)):
-        for seed in range(1, seeds + 1):
-            scalars = [(TAG, step, seed) for step in range(1000)]
-            path = write(tmp_path, figures.Run(PRE.cell, env, seed, "toy"), (0, 250, 1250), scalars, exp_name=name)
-            path.rename(tmp_path / f"{env}__{name}__{seed}")
-    table = tmp_path / "cartpole-balance__mst_sac-dst__3" / "eval.csv"
-    table.write_text(table.read_text().replace("20.0,", "50.0,"))  # its last return
-    return tmp_path
-
-
-def test_seeds_are_together_by_environment_and_experiment(runs_dir):
-    table = curves(values(load_runs(runs_dir, sizes=False)), "mean")
-    together = table[table["seed"] == "all"].set_index(["env", "exp_name", "agent_step"])
-    assert len(together) == 3 * 3
-    last = together.loc["cartpole-balance", "mst_sac-dst", 1250]
-    assert (last["value"], last["n"]) == (30, 3)  # 20, 20 and 50
-    assert 20 <= last["low"] < 30 < last["high"] <= 50
-    assert len(table) == 3 * 3 + 5 * 3  # five runs of three evaluations
-    (three,) = final(values(load_runs(*runs_dir.glob("*dst*"), sizes=False)), "mean", last=2).to_dict("records")
-    assert (three["n"], three["agent_steps"], three["value"]) == (3, "1,250", (10 + 10 + 10 + 20 + 20 + 50) / 6)
-    logged = values(load_runs(runs_dir, sizes=False), TAG)  # often, so it is averaged
-    assert logged.groupby("directory").size().max() <= BINS + 1
-    assert set(logged["value"]) == {1, 2, 3}
-
-
-def test_a_panel_per_environment_and_a_line_per_experiment_and_seed(runs_dir):
-    table = curves(values(load_runs(runs_dir, sizes=False)))
-    drawn = draw(table, labels={"mst_sac-dst": "MST"}, theme="dark")
-    panels = {ax.get_title(): len(ax.lines) for ax in drawn.axes}
-    assert panels == {"b": 1 + 1, "cartpole-balance": (3 + 1) + (1 + 1)}
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["MST", "mst_sac"]
-    assert drawn.axes[0].xaxis.label.get_color() == "#E6EDF3"
-
-
-def test_files_are_written_and_the_final_returns_printed(runs_dir, tmp_path, capsys):
-    assert main([str(runs_dir), "--out", str(tmp_path / "out" / "v1.0"), "--theme", "light"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["v1.0.csv", "v1.0.pdf", "v1.0.png"]
-    assert image.imread(tmp_path / "out" / "v1.0.png")[0, 0, 3] == 0  # transparent
-    assert pd.read_csv(tmp_path / "out" / "v1.0.csv").columns.tolist()[:4] == ["env", "exp_name", "seed", "agent_step"]
-    assert "cartpole-balance mst_sac-dst  3       1,250" in capsys.readouterr().out
-    assert main([str(runs_dir), "--metric", TAG, "--out", str(tmp_path / "web" / "a.svg")]) == 0
-    assert sorted(path.name for path in (tmp_path / "web").iterdir()) == ["a.csv", "a.svg"]
-
-
-def test_without_runs_or_values_it_says_so(runs_dir, capsys):
-    for line, part in (([str(runs_dir / "no")], "give the folder"), ([str(runs_dir), "--metric", "a/b"], "has a a/b")):
+def test_without_runs_it_says_what_to_give(tmp_path, capsys):
+    for arguments, part in (
+        ([tmp_path / "empty"], "no run in"),
+        ([write(tmp_path), "--metric", "a/b"], "no run with values"),
+    ):
         with pytest.raises(SystemExit, match="2"):
-            main(line)
+            draw(*arguments, out=tmp_path)
         assert part in capsys.readouterr().err
 
 
-def test_a_real_run_is_loaded_whole(reference):
-    loaded = load_runs(reference)
-    assert loaded.report() == ""
-    assert loaded.runs["state"].tolist() == ["complete"]
-    assert loaded.runs["parameters"].item() > 0
-    assert len(values(loaded)) == len(values(loaded, TAG)) + 1  # diagnostics come with each evaluation but the first
+class Closed(io.TextIOWrapper):
+    def write(self, text):
+        raise BrokenPipeError
 
 
-FOLDER = ROOT / "analysis" / "notebooks"
-NOTEBOOKS = [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
+@pytest.mark.parametrize("kind", [io.TextIOWrapper, Closed])
+def test_a_picture_is_there_whatever_the_terminal_takes(tmp_path, monkeypatch, kind):
+    write(tmp_path / "runs", name="größer")
+    terminal = kind(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    if kind is Closed:
+        with pytest.raises(BrokenPipeError):
+            draw(tmp_path / "runs", out=tmp_path)
+    else:
+        assert draw(tmp_path / "runs", out=tmp_path) == 0
+    assert (tmp_path / "a.svg").exists()
 
 
-def outputs(notebook) -> list[tuple[str, str, int]]:
-    """Of each cell of code: its source, what it printed, and how many pictures it drew."""
-    found = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")  # in pieces
-            drawn = sum("image/png" in output.get("data", {}) for output in cell.outputs)
-            found.append((cell.source, printed, drawn))
-    return found
+def test_the_final_value_is_that_of_the_last_tenth_or_from_a_step_on(tmp_path):
+    write(tmp_path, returns=range(21))
+    found, _ = values(load(tmp_path)[0])
+    assert final(found)["value"].item() == (19 + 20) / 2  # 2 of 21
+    assert final(found, since=1800)["value"].item() == (18 + 19 + 20) / 3
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_stored_outputs_of_a_notebook_are_those_of_code_and_results_now(name, monkeypatch):
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+def test_missing_short_and_other_runs_than_declared_are_named(tmp_path):
+    how = PRE.settings | {"script": PRE.script}
+    write(tmp_path, PRE.exp_name, env=PRE.env, returns=(0, 1), **how | {"batch_size": 32, "critic_lr": 1})
+    write(tmp_path, POST.exp_name, env=POST.env, returns=range(14), **how | {"residual": "post", "critic_lr": 2})
+    table, problems = declared("fig17", load(tmp_path)[0], "toy", seeds=1)
+    assert table["state"].tolist() == ["short", "complete", "missing", "missing"]
+    text = "\n".join(problems)
+    assert f"short: {PRE.env}__{PRE.exp_name}, seed 1 (100 of 1,250 steps)" in text
+    assert "missing: cartpole-balance__toy-mrq-e6s3dense" in text
+    assert "not as declared: batch_size 32 instead of 64 in 1 of 4 runs" in text
+    assert "runs with different critic_lr (1 in 1 runs, 2 in 1 runs)" in text
+
+
+def test_published_curves_are_laid_over_the_returns_of_their_task(tmp_path):
+    write(tmp_path / "runs")
+    lines = ["env,algo,seed,agent_step,env_step,return"]
+    lines += [
+        f"{env},mrq,{seed},{x},{2 * x},{10 * seed}"
+        for env in ("dog-run", "ant")
+        for seed in (1, 2)
+        for x in (0, 200, 900)
+    ]
+    (tmp_path / "p.csv").write_text("\n".join(lines))
+    table, *_ = curves.picture(load(tmp_path / "runs")[0], published=tmp_path / "p.csv")
+    own = table[table["series"] == "mrq, published"]
+    assert own[["col", "x", "value", "n"]].values.tolist() == [["dog-run", 0, 15, 2], ["dog-run", 200, 15, 2]]
+    with pytest.raises(ValueError, match="has no curves of returns on dog-run"):
+        curves.picture(load(tmp_path / "runs")[0], metric=SRANK, published=tmp_path / "p.csv")
+
+
+def test_the_stored_runs_have_todays_form():
+    found, problems = load(ROOT / "results/small/runs")
+    assert (len(found), problems, set(found["state"])) == (25, [], {"complete"})
+    assert set(found["parameters"]) == {267_393 + 9_452}
+    assert len(values(found, SRANK)[0]) == 25 * 12
+    assert not list((ROOT / "results").glob("**/events*"))
+
+
+def test_a_page_gets_its_tables_and_a_stale_one_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = tmp_path / "page.md"
+    words = ["cells fig14 small results/small/runs", "verdicts fig14 small results/small/runs"]
+    words += ["seeds fig14 small results/small/runs", "returns results/calibration/cartpole-swingup.csv 20000"]
+    page.write_text("".join(f"text\n<!-- table: {each} -->\nold\n<!-- end -->\n" for each in words))
+    assert tables.main(["--check", str(page)]) == 1
+    assert "--fill" in capsys.readouterr().out
+    assert tables.main(["--fill", str(page)]) == 0
+    assert tables.main(["--check", str(page)]) == 0
+    text = page.read_text()
+    assert "| MST | 5 | 337 | 325 [287, 392] |" in text
+    assert "| MST | cheetah-run | 360 | 288 | 424 | 286 | 326 |" in text
+    assert "| A dynamic topology helps the critic: dst > sst | **inconclusive** | return | 5 | -26.5" in text
+    assert text.count("text\n") == 4
+    page.write_text("<!-- table: cells fig14 small results/small/runs -->\n")
+    with pytest.raises(SystemExit, match="2"):
+        tables.main(["--fill", str(page)])
+
+
+def test_the_notebook_is_stored_with_what_code_and_results_give_now(monkeypatch):
+    path = ROOT / "analysis/notebooks/runs.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    stored = outputs(notebook)
-    settings = {"RUNS": "../../results/small/runs", "SIZE": "small", "MUJOCO_GL": "disable"}
-    for variable, value in {**ENVIRONMENT, **settings}.items():
-        monkeypatch.setenv(variable, value)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()
-    assert outputs(notebook) == stored, "stale: run `make evidence`, look at the outputs and commit them"
-    drawing = [output for cell, *output in stored if cell.startswith("show(") or "\ndraw(" in f"\n{cell}"]
-    assert drawing
-    for printed, drawn in drawing:
-        assert (drawn > 0) != ("start with python -m experiments run" in printed)
+
+    def outputs() -> list[tuple[str, int]]:
+        """What each cell printed, and how many pictures it drew."""
+        cells = [cell.get("outputs", []) for cell in notebook.cells]
+        printed = [
+            "".join(out.get("text", "") or out.get("data", {}).get("text/html", "") for out in cell) for cell in cells
+        ]
+        return list(
+            zip(printed, [sum("image/png" in out.get("data", {}) for out in cell) for cell in cells], strict=True)
+        )
+
+    stored = outputs()
+    assert sum(drawn for _, drawn in stored) >= 3
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    assert outputs() == stored, "stale: run `make evidence`, look at the outputs and commit them"
+    assert not any("results" in cell.source and "python mst" in cell.source for cell in notebook.cells)

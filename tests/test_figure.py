@@ -1,230 +1,200 @@
-"""Drawing: the numbers are those of the runs, what is missing is named and marked, and the files suit a paper."""
+"""Drawing: what is drawn is what the runs say, what is missing is seen and named, and everybody can read it."""
 
+import functools
+import itertools
 import re
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import image
-from matplotlib.colors import to_hex
-from matplotlib.text import Text
-from test_claims import made
+from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from test_analysis import write
 
-from analysis import figure
-from analysis.figure import COLUMN, FORMS, PAGE, SMALL, Options, draw, main, numbers, over_steps, prepare, save
-from analysis.runs import PUBLISHED_COLUMNS, load_published
+from analysis import curves, figure
+from analysis.figure import FORMS, costs, described, drawing
+from analysis.looks import GREY, LOOKS, OTHERS, look, method
+from analysis.runs import RETURN, declared, load
 from experiments import figures
 
-RETURNS = (1, 2, 3, 4, 5, 6, 7, 100)  # of seeds 1 to 8: mean 16, interquartile mean (3 + 4 + 5 + 6) / 4 = 4.5
+DRAWN = ["fig02", "fig06", "fig07", "fig11", "fig12", "fig13", "fig14", "fig17", "sparsity"]
+ENVS = {"fig06": ("dog-run",), "fig07": ("dog-run",)}
 
 
-def write(folder: Path, run: figures.Run, *rows: str) -> None:
-    (folder / run.directory).mkdir()
-    header = "agent_step,env_step,episode_return_mean,episode_return_std,episodes,wall_seconds"
-    (folder / run.directory / "eval.csv").write_text("\n".join([header, *rows, ""]))
+def train(folder, run: figures.Run, returns) -> None:
+    scales = [value for flag, value in run.cell.items() if flag.endswith("_scale")]
+    size = {"parameters": int(1e6 * np.prod(scales)), "active_parameters": int(4e5 * np.prod(scales))}
+    config = {"script": run.script, "modules": dict.fromkeys(("encoder", "critic", "actor"), size)}
+    args = figures.defaults(run.script) | run.settings | {"total_timesteps": 1000 * (len(returns) - 1)}
+    write(folder, run.exp_name, run.seed, returns=returns, every=1000, env=run.env, config=config, **args)
 
 
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory) -> Path:
-    """Runs of Fig. 12 with the final returns of RETURNS, but for seed 8 with SET. Seed s took s hours."""
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> pd.DataFrame:
+    """Two seeds of these figures, that end at 100 and 300. Of dst in Fig. 2, none of type 3 and one of type 5."""
     folder = tmp_path_factory.mktemp("runs")
-    for run in figures.runs("fig12"):
-        if run.cell.get("growth") != "set" or run.seed < 8:
-            write(folder, run, "0,0,0,0,10,0", f"500000,1000000,{RETURNS[run.seed - 1]},0,10,{3600 * run.seed}")
-    return folder
+    for name in DRAWN:
+        for run in figures.runs(name, seeds=2, envs=ENVS.get(name)):
+            if not ("-e3s1dst" in run.exp_name or ("-e5s1dst" in run.exp_name and run.seed == 2)):
+                train(folder, run, np.array([0, 0.2, 1]) * (200 * run.seed - 100))
+    return load(folder)[0]
 
 
-def texts(drawn) -> list[str]:
-    return [text.get_text() for text in drawn.findobj(Text) if text.get_text()]
+def drawn(name: str, runs: pd.DataFrame, **how):
+    table, problems = described(name, runs, envs=ENVS.get(name), seeds=2)
+    found, picture, caption, more = drawing(table, FORMS[name], "A title. ", **how)
+    return found, picture, caption, problems + more
 
 
-@pytest.mark.parametrize(
-    ("statistic", "last", "value", "in_words", "evaluations"),
-    [("iqm", None, 4.5, "Interquartile mean", "evaluation"), ("mean", 2, (0 + 16) / 2, "Mean", "2 evaluations")],
-)
-def test_a_bar_is_what_the_caption_says(runs_dir, statistic, last, value, in_words, evaluations):
-    _, table, text = prepare("fig12", Options(runs_dir, statistic=statistic, last=last))
-    bar = table.set_index(["column", "point"]).loc["distribution", "uniform"]
-    assert (bar["value"], bar["n"], bar["expected"]) == (value, 8, 8)
-    assert 0.5 <= bar["low"] < value < bar["high"] <= 100
-    assert text.startswith(
-        f"MST at scale 5: distribution, growth, sparsity. {in_words} over 8 seeds on dog-run; strokes: stratified "
-        f"bootstrap 95% intervals. Final return: mean of the last {evaluations}, 10 episodes each. Hollow: runs are"
-    )
+@pytest.fixture(scope="session")
+def once(runs):
+    """The figure from all runs, drawn once: numbers, picture, caption, problems."""
+
+    @functools.cache
+    def get(name: str):
+        found, picture, caption, problems = drawn(name, runs)
+        return found, picture(), caption, problems
+
+    return get
 
 
-def test_a_missing_seed_is_named_and_marked(runs_dir):
-    drawn, table, text = prepare("fig12", Options(runs_dir))
-    bar = table.set_index(["column", "point"]).loc["growth", "set"]
-    assert (bar["value"], bar["n"], bar["expected"]) == (4, 7, 8)  # (2 + 3 + 4 + 5 + 6) / 5 of 1 to 7
-    assert "missing: dog-run__mrq-e6s5dense-c6s5dst-a5s5sst-growth_set, seed 8" in text
-    assert "Growth criterion\nn = 7–8 of 8" in texts(drawn)
-    assert texts(drawn).count("7") == 1  # above its bar
-    assert "Distribution" in texts(drawn)  # whole, so without a mark
-
-
-def test_curves_take_short_runs_in_as_far_as_they_go():
-    steps = {"directory": ["a", "a", "b"], "agent_step": [0, 5000, 0], "value": [10.0, 30.0, 20.0]}
-    found = over_steps(pd.DataFrame(steps).assign(env="dog-run"), "iqm")
-    assert found[["x", "value", "n"]].values.tolist() == [[0, 15, 2], [5000, 30, 1]]
-    assert found["low"].notna().tolist() == [True, False]  # a single run has no interval
-
-
-def test_tasks_are_pooled_the_return_has_a_row_for_each_and_a_run_is_in_all_panels_it_belongs_to():
-    counts = numbers(made("fig11", seeds=1), "fig11").groupby("row")["n"].unique().map(list).to_dict()
-    returns = {"Return, dog-run": [1], "Return, humanoid-run": [1]}
-    assert counts == returns | {"Critic srank": [2], "Critic dormant ratio": [2]}
-    table = numbers(made("fig13", seeds=1), "fig13")
-    smallest = table[(table["point"] == 1) & (table["column"] == "dog-run") & (table["series"] == "MST")]
-    assert sorted(smallest["row"]) == sorted(f"{a}, {d}" for a in ("SAC", "DDPG") for d in ("width", "depth", "both"))
-    assert (table["n"] == 1).all()
+def texts(fig) -> str:
+    return "\n".join(text.get_text() for text in fig.findobj(lambda x: hasattr(x, "get_text")))
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_is_drawn_for_print(name):
-    *_, last = figures.runs(name, seeds=1)
-    loaded, form = made(name, seeds=1, without=[last.directory]), FORMS[name]
-    table = numbers(loaded, name)
-    drawn = draw(name, table, figure.figure_caption(loaded, name, table, Options()))
-    drawn.draw_without_rendering()  # places everything
-    width, height = drawn.get_size_inches()
-    assert width in (COLUMN, PAGE)
-    assert height < 9  # of a page
-    box = drawn.get_tightbbox()
-    assert (box.min >= 0).all() and (box.max <= (width, height)).all()
-    assert min(text.get_fontsize() for text in drawn.findobj(Text) if text.get_text()) >= SMALL
-    assert len(drawn.get_axes()) == len(table[["row", "column"]].drop_duplicates())
-    assert any(re.search(r"n = [01]", text) for text in texts(drawn))  # runs are lost
-    assert ("Agent steps" in texts(drawn)) == (form.kind == "curves")
-    assert texts(drawn).count("no run") == (table["n"] == 0).sum() * (form.kind == "bars")
-    for ax in drawn.get_axes():
-        for axis in [ax.yaxis] if form.kind == "bars" else [ax.xaxis, ax.yaxis]:
-            low, high = axis.get_view_interval()
-            assert ((axis.get_ticklocs() >= low) & (axis.get_ticklocs() <= high)).sum() >= 3
-        if form.kind == "lines":  # all sizes are labelled
-            assert sum(bool(text.get_text()) for text in ax.get_xticklabels()) == table["point"].nunique()
-        assert not any(line.get_clip_on() for line in ax.lines if line.get_marker() != "None")
+@pytest.mark.parametrize("name", DRAWN)
+def test_in_every_kind_of_figure_no_labels_collide_and_nothing_leaves_the_page(name, once):
+    _, fig, caption, _ = once(name)
+    fig.draw_without_rendering()
+    box, size = fig.get_tightbbox(), fig.get_size_inches()
+    assert (box.min >= -0.01).all() and (box.max <= size + 0.01).all() and size[0] <= 6.9 and size[1] <= 9.5
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+        boxes = [tick.label1.get_window_extent(renderer) for tick in ticks if tick.label1.get_visible()]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(ax.lines or ax.collections for ax in fig.axes)  # no empty panels
+    assert "Interquartile mean over the seeds" in caption and "n = " in texts(fig)
 
 
-def test_a_panel_without_runs_has_the_axis_of_the_others():
-    table = numbers(made("fig06", seeds=1), "fig06")
-    table.loc[table["column"] == 1, ["value", "low", "high"]] = np.nan
-    type1, *_, type6 = draw("fig06", table, "").get_axes()
-    assert type1.get_xlim() == type6.get_xlim()
+def test_what_is_missing_is_hollow_named_and_counted(once):
+    found, fig, caption, problems = once("fig02")
+    own = found[found["series"] == "dst"].set_index("point")["n"]
+    assert own.tolist() == [2, 2, 0, 2, 1, 2]
+    assert "missing: dog-run__mrq-e5s1dst-c4s1dense-a3s1dense, seed 2" in problems
+    assert "Hollow: runs are missing." in caption
+    text = texts(fig)
+    assert "DST (n = 1 to 2 of 2)" in text and "SST (n = 2)" in text
+    hollow = [line.get_xdata() for line in fig.axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert sum(map(len, hollow)) == 2  # types 3 and 5, the first of them nowhere
+    assert text.count("missing") == 2  # in the place of type 3, and in the caption
 
 
-def test_a_regime_has_one_colour_in_all_figures_patches_for_bars_and_the_papers_markers_for_lines():
-    def legend(name: str) -> dict:
-        drawn = draw(name, numbers(made(name, seeds=1), name), "")
-        return {handle.get_label(): handle for entry in drawn.legends for handle in entry.legend_handles}
-
-    lines, bars = legend("fig04"), legend("fig05")
-    markers = {"Dense": "o", "SST": "s", "DST": "D", "S2D": "<", "D2S": ">"}  # the paper's
-    assert [(name, line.get_marker()) for name, line in lines.items()] == list(markers.items())
-    assert [to_hex(patch.get_facecolor()) for patch in bars.values()] == [to_hex(x.get_color()) for x in lines.values()]
-    scaled = legend("fig26")
-    assert legend("fig14")["MST"].get_color() == scaled["MST"].get_color()
-    assert [line.get_linestyle() for line in scaled.values()] == ["--", "-"]  # dense dashed against MST
+def test_panels_without_runs_are_left_out(runs):
+    _, picture, *_ = drawn("fig17", runs[(runs["critic_scale"] == 1) & (runs["env"] == "dog-run")])
+    assert len(picture().axes) == 1  # of two scales and two tasks
 
 
-def test_a_legend_fills_row_by_row_and_leaves_no_entry_alone():
-    keys = [figure.key(look) for look in list(figure.LOOKS.values())[:5]]
-    drawn = figure.Figure(figsize=(3.2, 2), layout="constrained")
-    figure.add_legend(drawn, keys)  # four would fit side by side
-    # Dense SST DST / S2D D2S, column by column
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["Dense", "S2D", "SST", "D2S", "DST"]
+def test_a_value_that_lacks_a_task_is_left_out(runs):
+    table, _ = described("fig02", runs[runs["env"] == "dog-run"], seeds=2)
+    with pytest.raises(ValueError, match="no run with values on all of the tasks"):
+        drawing(table, FORMS["fig02"])
 
 
-def test_the_documented_study_has_runs_and_a_drawing(monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
-    monkeypatch.setattr(figure, "FORMS", dict(FORMS))
-    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
-    (study,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(study, {**vars(figure), **vars(figures)})
-    assert len(figures.runs("first-steps", "small")) == 3 * 2 * 5
-    drawn = draw("first-steps", numbers(made("first-steps", seeds=2), "first-steps"), "")
-    assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["1k", "5k", "20k"]
+def test_at_most_three_bands_overlap_and_more_lines_have_strokes(once):
+    for name, lines in (("fig17", 2), ("fig11", 3), ("fig14", 5)):
+        _, fig, caption, _ = once(name)
+        bands = [len([c for c in ax.collections if "FillBetween" in type(c).__name__]) for ax in fig.axes]
+        assert set(bands) == {lines if lines <= 3 else 0}
+        assert ("bands: its 95% interval; thin lines: single runs" in caption) == (lines <= 3)
+        assert ("strokes" in caption) == (lines > 3)
 
 
-def test_files_suit_a_paper_and_repeat(runs_dir, tmp_path):
-    first, second = (save(*prepare("fig12", Options(runs_dir)), tmp_path / folder / "fig12") for folder in "ab")
-    png, pdf, csv, text = (path.read_bytes() for path in first)
-    assert image.imread(first[0]).shape[1] == int(PAGE * 300)  # dpi
-    assert b"/FontFile2" in pdf  # TrueType (type 42), which journals ask for
-    assert b"/Type3" not in pdf
-    table = pd.read_csv(first[2], dtype={"point": str})
-    assert table.columns.tolist() == figure.NUMBERS
-    assert table.set_index(["column", "point"]).loc[("growth", "rigl"), "value"] == 4.5
-    assert b"seed 8" in text
-    assert [path.read_bytes() for path in second] == [png, pdf, csv, text]
+def test_a_point_is_the_interquartile_mean_over_seeds_of_tasks(once):
+    found, *_ = once("fig06")
+    assert set(found["value"]) == {(100 + 300) / 2}
+    assert found["x"].nunique() == 3 and found["x"].min() == 1e6 * 3  # the encoder has scale 3
+    assert once("fig11")[0].query("x == 1000 and row == 'Critic dormant ratio'")["value"].unique().tolist() == [40]
 
 
-def test_costs_are_hours_or_minutes_and_flops_of_each_cell(runs_dir):
-    drawn, table, _ = prepare("fig12", Options(runs_dir, cost=True))
-    assert "Wall-clock time (h)" in texts(drawn)
-    cell = table.set_index("cell").loc["Growth criterion, SET"]
-    hours = ["hours", "hours_low", "hours_high"]
-    assert cell[[*hours, "n"]].tolist() == [4, 1, 7, 7]  # seeds 1 to 7 took as many hours
-    assert cell["parameters"] == 371_147_560  # the paper's 362M, with the encoder's predictor left out
-    saved = (1 - table["sparse_flops"] / table["flops"]).set_axis(table["cell"])
-    few, many = (saved[f"Sparsity of critic and actor, {sparsity}"] for sparsity in (0.2, 0.8))
-    assert many == pytest.approx(4 * few, rel=1e-4)
-    table[hours] /= 60 * 8
-    minutes = figure.draw_costs("fig12", table, "")
-    assert "Wall-clock time (min)" in texts(minutes)
-    assert 1 <= minutes.axes[0].get_xlim()[1] < 1.2  # seed 8 now took a minute
+def test_one_depth_study_is_drawn_by_its_data_alone(tmp_path, monkeypatch):
+    bases = {"mrq": figures.MRQ, "res": figures.RES, "mst": figures.RES | figures.MST}
+    cells = tuple(base | {"depth_scale": d} for d in (1, 5, 15) for base in bases.values())
+    monkeypatch.setitem(figures.FIGURES, "depth", figures.Figure("Depth", cells, envs=("cartpole-swingup",), seeds=5))
+    for run in figures.runs("depth"):
+        deep = {4: 20, 6: 480}[run.cell["critic_arch"]] if run.cell["depth_scale"] == 15 else 500
+        train(tmp_path, run, [0, 0, 50, deep + 100 * (run.cell["critic_regime"] == "dst") + run.seed])
+    table, problems = described("depth", load(tmp_path)[0])
+    found, picture, *_ = drawing(table, FORMS["depth"]._replace(measures=(RETURN,)))
+    assert (found["col"].unique().tolist(), problems) == ([1, 5, 15], [])
+    assert "depth 15" in texts(picture()) and "MR.Q + Res (n = 5)" in texts(picture())
+    assert table.query("depth_scale == 1 and seed == 1 and method == 'mst'")["value"].item() == (50 + 601) / 2
+    assert set(figure.verdicts("depth", load(tmp_path)[0])["verdict"]) == {"confirmed"}
 
 
-def test_another_size_has_its_own_files_task_and_note_and_a_caption_can_be_left_out(tmp_path, capsys):
-    write(tmp_path, figures.runs("fig21", "small")[0], "30000,30000,7,0,10,3600")
-    flags = ["--small", "--only", "critic-scale=1", "--no-caption", "--cost"]
-    assert main(["fig21", *flags, "--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"fig21-small-cost"}
-    note = "Small size (a quarter of the paper's widths, 30,000 agent steps), no evidence about larger networks. "
-    assert (tmp_path / "out" / "fig21-small-cost.txt").read_text().startswith(f"Fig. 6 on cheetah-run. {note}")
-    options = Options(tmp_path, size="small", only={"critic_scale": ("1",)})
-    without, with_caption = (prepare("fig21", replace(options, caption=caption))[0] for caption in (False, True))
-    assert without.get_figheight() < with_caption.get_figheight()
-    assert ["Small size" in " ".join(texts(drawn)) for drawn in (without, with_caption)] == [False, True]
+def luminance(color) -> np.ndarray:
+    x = np.array(to_rgb(color))
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
 
-def test_published_curves_are_laid_over(tmp_path):
-    path = tmp_path / "published.csv"
-    rows = [("dog-run", "mrq", seed, step, 2 * step, 10.0 * seed) for seed in (1, 2) for step in (0, 100_000, 900_000)]
-    others = [("dog-run", "sac", 1, 0, 0, 1.0), ("walker-walk", "mrq", 1, 0, 0, 1.0)]
-    pd.DataFrame(rows + others, columns=PUBLISHED_COLUMNS).to_csv(path, index=False)
-    found = figure.published_curves(path, made("fig17", seeds=1), "fig17", "iqm")
-    expected = [["Return, dog-run", "mrq, published", step, 15, 2] for step in (0, 100_000, 900_000)]
-    assert found[["row", "series", "x", "value", "n"]].values.tolist() == expected
-    path.write_text("env,algo,seed,agent_step,env_step\n")
-    with pytest.raises(ValueError, match="lacks return: write a CSV with columns env,algo,seed"):
-        load_published(path)
+def lab(color) -> np.ndarray:
+    """CIELAB as a deuteranope sees it: the matrix of Machado et al. 2009 at full severity."""
+    seen = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(np.array(seen) @ luminance(color), 0, 1) / [0.9505, 1, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-def test_all_draws_what_has_runs_and_names_the_rest(runs_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figure, "FORMS", {name: FORMS[name] for name in ("fig12", "fig14")})
-    assert main(["all", "--runs", str(runs_dir), "--out", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert {path.stem for path in tmp_path.iterdir()} == {"fig12"}
-    assert "RigL >= SET: not enough runs" in out  # a seed is missing
-    assert "skipped: no run of fig14" in err
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_lines_of_a_figure_are_told_apart_by_the_colour_blind(theme):
+    """A difference of 10 in CIELAB is seen at once. Markers differ beside that, and each means one thing."""
+    for names in (figures.REGIMES, ("mr.q", "res", "mst"), ("dense", "sst", "dst", "mst", "reverse"), ("pre", "post")):
+        colors = [look(name, [], theme).color for name in names]
+        assert min(np.linalg.norm(lab(a) - lab(b)) for a, b in itertools.combinations(colors, 2)) > 15
+    markers = [each.marker for each in LOOKS.values() if each.marker] + [each.marker for each in OTHERS[:5]]
+    assert len(set(markers)) == len(markers)
+    background = {"light": 1.0, "dark": luminance("#0D1117") @ [0.2126, 0.7152, 0.0722]}[theme]
+    for name in LOOKS:
+        own = luminance(look(name, [], theme).color) @ [0.2126, 0.7152, 0.0722]
+        assert (max(own, background) + 0.05) / (min(own, background) + 0.05) > 2.2, name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("fig99", "error: argument FIGURE: invalid choice: 'fig99'"),
-        ("fig12 --only growth", "growth is not of the form FLAG=V1,V2"),
-        ("fig12 --published x.csv", "fig12 has no learning curves of the return"),
-        ("fig12 --only growth=sgd", "no cell of fig12 has growth sgd"),
-        ("fig06 --toy --only critic-arch=4", "start with python -m experiments run fig06 --toy --only critic-arch=4"),
-    ],
-)
-def test_errors_say_what_to_do(arguments, message, runs_dir, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sys.exit(main(["--runs", str(runs_dir), *arguments.split()]))
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_a_regime_looks_the_same_in_curves_and_figures(runs, once):
+    chosen = runs[runs["path"].isin(declared("fig14", runs, seeds=2)[0]["path"])]
+    looks = []
+    for fig in (curves.picture(chosen)[1](), once("fig14")[1]):
+        keys = fig.legends[0].legend_handles
+        looks.append(
+            {re.split("[:(]", key.get_label())[0].strip(): (key.get_color(), key.get_marker()) for key in keys}
+        )
+    assert looks[0] == looks[1]
+    assert looks[0]["MST"] == (LOOKS["mst"].color, "^") and looks[0]["Dense"] == (GREY["white"], "o")
+    assert (
+        method({"script": "mst_sac", "critic_regime": "dst", "actor_regime": "sst", "encoder_regime": np.nan}) == "mst"
+    )
+
+
+def test_a_table_of_cost_has_hours_parameters_and_operations(runs):
+    row = costs(declared("fig14", runs, seeds=2)[0]).iloc[0]
+    assert row[["n", "parameters", "active", "operations"]].tolist() == [2, 36, 14.4, 28.8]
+    assert row["hours"] == pytest.approx(200 / 3600)
+
+
+def test_files_are_written_for_print_and_for_both_themes_of_github(tmp_path, capsys):
+    stored = ["--runs", str(ROOT / "results/small/runs"), "--size", "small", "--out", str(tmp_path)]
+    assert figure.main(["fig14", *stored]) == 0
+    assert "inconclusive: MST is the best assignment" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fig14-small-cost.csv", "fig14-small.csv", "fig14-small.pdf", "fig14-small.png", "fig14-small.txt"
+    ]  # fmt: skip
+    assert figure.main(["all", *stored, "--github", "--no-caption", "--label", "mst=Ours"]) == 0
+    light, dark = ((tmp_path / f"fig14-small_{theme}.svg").read_text() for theme in ("light", "dark"))
+    assert "#1f2328" in light and "#e6edf3" in dark
+    for arguments, part in ((["fig99"], "invalid choice"), (["fig06", *stored], "no run with values")):
+        with pytest.raises(SystemExit, match="2"):
+            figure.main(arguments)
+        assert part in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Tables in Markdown from runs, so that no number in a page is copied by hand.
+
+    python -m analysis.tables cells fig14 small results/small/runs
+    python -m analysis.tables --fill docs/evidence.md      # writes the tables between its markers
+    python -m analysis.tables --check docs/evidence.md     # 1 if a table is not what the results say
+
+A page holds a table between two lines: <!-- table: cells fig14 small results/small/runs --> and <!-- end -->. The words
+are those of the command line, from the repository's folder. Exit codes: 0, 1 not what the results say, 2 wrong usage.
+
+    cells FIGURE SIZE FOLDER       n, mean, interquartile mean with its interval, srank, dormant ratio by cell
+    seeds FIGURE SIZE FOLDER       what each run ended with
+    verdicts FIGURE SIZE FOLDER    on the paper's claims
+    returns CSV STEP ...           of a file of evaluations with the columns algo, seed, agent_step
+"""
+
+import argparse
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import claims, figure
+from analysis.draw import tell
+from analysis.looks import look
+from analysis.runs import estimates, final, in_words, load, mean, values
+from experiments.figures import MODULES
+
+loaded = functools.cache(lambda folder: load(folder)[0])
+
+
+def short(x: float) -> str:
+    return "-" if pd.isna(x) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def interval(row: dict) -> str:
+    return f"{short(row['value'])} [{short(row['low'])}, {short(row['high'])}]"
+
+
+def of_figure(name: str, size: str, folder: str) -> pd.DataFrame:
+    """A row per declared run: its outcome as `value`, and its `cell` in words."""
+    form = figure.FORMS.get(name, figure.OTHER)
+    table = figure.described(name, loaded(folder), size)[0].drop_duplicates(["env", "exp_name", "seed"])
+    words = table[form.series].astype(str).map(lambda x: look(x, [x]).label)
+    if form.col not in ("", "env"):
+        words += ", " + table[form.col].map(lambda x: figure.heading(form, x).replace("\n", ": "))
+    if form.point:
+        words += ", " + form.point.replace("_", " ").replace("arch", "type") + " " + table[form.point].astype(str)
+    return table.assign(cell=words)
+
+
+def cells(name: str, size: str, folder: str) -> list[dict]:
+    table, rows, ends = of_figure(name, size, folder), [], {}
+    for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
+        logged = values(table[table["state"] == "complete"], tag)[0]
+        ends |= {in_words(tag).lower(): estimates(final(logged), ["cell"])} if len(logged) else {}
+    parts = [estimates(table, ["cell"]), estimates(table, ["cell"], mean), *ends.values()]
+    found, means, *others = (part.set_index("cell").reindex(table["cell"].unique()) for part in parts)
+    for cell, own in found.iterrows():
+        n = 0 if pd.isna(own["n"]) else int(own["n"])
+        row = {"cell": cell, "n": n, "mean": short(means.loc[cell, "value"]), "IQM [95% interval]": interval(own)}
+        rows.append(row | {what: short(of.loc[cell, "value"]) for what, of in zip(ends, others, strict=True)})
+    return rows
+
+
+def seeds(name: str, size: str, folder: str) -> list[dict]:
+    return [
+        {"cell": cell, "task": env} | {f"seed {run.seed}": short(run.value) for run in runs.itertuples()}
+        for (cell, env), runs in of_figure(name, size, folder).groupby(["cell", "env"], sort=False)
+    ]
+
+
+def verdicts(name: str, size: str, folder: str) -> list[dict]:
+    return [
+        {"claim": row["claim"], "verdict": f"**{row['verdict']}**", "measure": row["measure"], "n": row["n"],
+         "effect [95% interval]": interval(row | {"value": row["effect"]}), "contrasts": row["contrasts"]}
+        for row in claims.verdicts(name, loaded(folder), size).to_dict("records")
+    ]  # fmt: skip
+
+
+def returns(file: str, *steps: str) -> list[dict]:
+    rows, table = [], pd.read_csv(file).sort_values("seed", kind="stable")
+    table = table[table["agent_step"].isin([int(step) for step in steps])]
+    for (algo, step), runs in table.groupby(["algo", "agent_step"], sort=False):
+        ends = runs["episode_return_mean"].round().astype(int)
+        row = {"runs": algo, "agent steps": f"{step:,}", "seeds": ", ".join(map(str, runs["seed"]))}
+        rows.append(row | {"returns": ", ".join(map(str, ends)), "mean": round(runs["episode_return_mean"].mean())})
+    return rows
+
+
+KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts, "returns": returns}
+
+
+def table(words: str) -> str:
+    """The table that these words name, in Markdown."""
+    kind, *rest = words.split()
+    if kind not in KINDS or len(rest) < 2:
+        raise ValueError(f"no table {words!r}: write {', '.join(KINDS)}, and what --help says")
+    rows = KINDS[kind](*rest)
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row.get(name, "")) for name in head] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the results say now."""
+    marked = re.compile(r"<!-- table: ([^\n]*?) -->\n((?!<!-- table:).)*?<!-- end -->", re.DOTALL)
+    if len(marked.findall(page)) < page.count("<!-- table: "):
+        raise ValueError("a table has no <!-- end -->")
+    return marked.sub(lambda found: f"<!-- table: {found[1]} -->\n{table(found[1])}\n<!-- end -->", page)
+
+
+def main(argv: list[str]) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m analysis.tables", description=__doc__, formatter_class=form)
+    parser.add_argument("words", nargs="*", help="a table")
+    parser.add_argument("--fill", type=Path, nargs="+", default=[], metavar="PAGE", help="write their tables")
+    parser.add_argument("--check", type=Path, nargs="+", default=[], metavar="PAGE", help="say if they are stale")
+    args, stale = parser.parse_args(argv), []
+    try:
+        if args.words or not (args.fill or args.check):
+            tell(table(" ".join(args.words) or "nothing"))
+        for path in args.fill:
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        for path in args.check:
+            page = path.read_text(encoding="utf-8")
+            stale += [str(path)] if filled(page) != page else []
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        parser.error(str(error))
+    if stale:
+        tell(f"not what the results say: python -m analysis.tables --fill {' '.join(stale)}")
+    return int(bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
