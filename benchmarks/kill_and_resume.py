@@ -2,8 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kill_and_resume.py mst_mrq mst_sac --times 10
 
-Each script runs with the same arguments in two temporary folders: once undisturbed, once ended after a random time and
-started again, until that happened often enough, and then to its end. Signals go to the process or to its group.
+Each script runs in two temporary folders. Signals go to the process or to its group. Ended runs are started again.
 """
 
 import argparse
@@ -45,9 +44,8 @@ def end_and_compare(script: str, times: int, chance: random.Random, whole: str, 
             raise SystemExit("the run was finished before: choose fewer --times")
         kill(child.pid, getattr(signal, name))
         out = child.communicate()[0]
-        assert child.returncode in (
-            (75,) if "training from" in out and name != "SIGKILL" else (75, -getattr(signal, name), 1)
-        ), out
+        stopped = "training from" in out and name != "SIGKILL"
+        assert child.returncode in ((75,) if stopped else (75, 1, -getattr(signal, name))), out
         print(f"{i:2} {name} by {kill.__name__} after {alive:.1f} s: {child.returncode}", flush=True)
     start(script, ended).communicate()
     (a,), (b,) = (list(Path(folder).glob("runs/*")) for folder in (whole, ended))
