@@ -26,9 +26,16 @@ test-slurm: .venv/installed
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# runs the notebooks on the runs in results/small and stores their outputs
+# renews what is made from results/: the notebook's outputs, the pictures and the tables of docs/evidence.md
+SMALL = small-sac-w1d1
 evidence: .venv/installed
 	RUNS=../../results/small/runs SIZE=small MUJOCO_GL=disable .venv/bin/jupyter execute --inplace analysis/notebooks/*.ipynb
+	.venv/bin/python -m analysis.figure depth --runs results/depth --measure return --github --no-caption --out figures
+	.venv/bin/python -m analysis.curves results/small/runs --metric plasticity/actor_dormant_ratio --github --no-caption \
+		--label $(SMALL)-cdense-adense=Dense --label $(SMALL)-csst-asst=SST --label $(SMALL)-cdst-adst=DST \
+		--label $(SMALL)-cdst-asst=MST --label '$(SMALL)-csst-adst=MST reversed' --out figures/small_dormant
+	cp figures/depth_light.svg figures/depth_dark.svg figures/small_dormant_light.svg figures/small_dormant_dark.svg docs/images
+	.venv/bin/python -m analysis.tables --fill docs/evidence.md
 
 # copies what stands below OPERATIONS in mst_sac.py into the other scripts
 operations:
