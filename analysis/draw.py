@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from analysis.looks import COLUMN, LOOKS, PAGE, SMALL, look, style
 from analysis.runs import STATISTICS, estimates
@@ -119,15 +119,12 @@ def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
         points(ax, line, shown)
         for x in [] if numbers else line.loc[line["value"].isna(), "x"]:
             ax.text(x, 0, "missing", rotation=90, fontsize=SMALL, ha="center", va="bottom")
-    short = EngFormatter(sep="")
-    words = [short(float(f"{x:.2g}")) if x >= 10 else f"{x:g}" for x in places] if numbers else places.index.map(str)
-    # from the largest number on, those labels that leave room for the one before
-    along, room, last = np.log(places) if log else places, 0.5 / (ax.bbox.width / 72), np.inf
-    for i in np.argsort(-along.to_numpy()) if numbers else ():
-        fits = (last - along.iloc[i]) >= room * max(np.ptp(along), 1e-9)
-        words[i], last = (words[i], along.iloc[i]) if fits else ("", last)
-    ax.set_xticks(places, words)
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(places, places.index.map(str))
+    if numbers:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)) if log else MaxNLocator(3, **STEPS))
+        ax.xaxis.set_minor_locator(FixedLocator(places))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(EngFormatter(sep="") if places.max() >= 10 else StrMethodFormatter("{x:g}"))
     ax.margins(x=0.12 if numbers else 0.25 / len(places))
 
 

@@ -37,12 +37,11 @@ class Form(NamedTuple):
 
 WORDS = {
     "parameters": "Parameters", "encoder_parameters": "Encoder parameters", "critic_parameters": "Critic parameters",
-    "actor_parameters": "Actor parameters", "critic_sparsity": "Sparsity of critic and actor", "growth": "Growth",
+    "actor_parameters": "Actor parameters", "critic_sparsity": "Sparsity of critic and actor",
     "topology_update_interval": "Updates between topology updates", "drop_fraction": "drop fraction ",
-    "distribution": "Distribution", "er": "ER", "rigl": "RigL", "set": "SET",
+    "er": "ER", "rigl": "RigL", "set": "SET",
     "iqm": "Interquartile mean", "mean": "Mean", "spread": "Standard deviation",
 }  # fmt: skip
-PAPER = {"distribution": "er", "growth": "rigl", "critic_sparsity": 0.6}
 FORMS = {
     row.pop("figure"): Form(**row | {"measures": tuple(row["measures"].split())})
     for row in pd.read_csv(Path(__file__).with_name("forms.csv"), dtype=str, keep_default_na=False).to_dict("records")
@@ -65,12 +64,7 @@ def described(figure: str, runs: pd.DataFrame, size: str = "paper", envs=None, s
         parts = [table[own].assign(**{"algorithm, larger": name + ", " + way}) for way, own in ways.items()]
         table = pd.concat(parts).sort_values("script", ascending=False, kind="stable")
     if figure == "fig12":
-        same = {flag: table[flag] == value for flag, value in PAPER.items()}
-        parts = []
-        for flag in PAPER:
-            own = table[np.logical_and.reduce([same[x] for x in PAPER if x != flag])].sort_values(flag, kind="stable")
-            parts.append(own.assign(flag=flag, setting=own[flag].map(lambda x: WORDS.get(x, str(x)))))
-        table = pd.concat(parts)
+        table["rule"] = table["growth"].replace(WORDS) + ", " + table["distribution"].replace(WORDS)
     return table, problems
 
 
@@ -143,17 +137,15 @@ def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", p
 
 
 def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: n, hours (mean, least, most), parameters, active ones and operations, these in millions.
+    """A row per cell: n, hours, parameters, active ones and operations, the last three in millions.
 
     Operations are the theoretical ones of a forward pass of all modules for one sample: two for each active parameter.
     The products are dense, so a sparse run is not faster. Active ones are those of the start under s2d and d2s.
     """
-    how = {"n": ("seed", "size"), "hours": ("hours", "mean"), "least": ("hours", "min"), "most": ("hours", "max")}
-    how |= {name: (name, "mean") for name in ("parameters", "active") if name in table}
-    found = table[table["state"] == "complete"].groupby("exp_name", sort=False).agg(**how).reset_index()
-    for name in {"parameters", "active"} & set(found):
-        found[name] /= 1e6
-    return found.assign(operations=2 * found["active"]) if "active" in found else found
+    table = table[table["state"] == "complete"].reindex(columns=["exp_name", "hours", "parameters", "active"])
+    table[["parameters", "active"]] /= 1e6
+    cells = table.groupby("exp_name", sort=False)
+    return cells.mean().assign(n=cells.size(), operations=lambda own: 2 * own["active"]).reset_index()
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,6 @@ are those of the command line, from the repository's folder. Exit codes: 0, 1 no
     cells FIGURE SIZE FOLDER       n, mean, interquartile mean with its interval, srank, dormant ratio by cell
     seeds FIGURE SIZE FOLDER       what each run ended with
     verdicts FIGURE SIZE FOLDER    on the paper's claims
-    returns CSV STEP ...           of a file of evaluations with the columns algo, seed, agent_step
 """
 
 import argparse
@@ -24,7 +23,7 @@ import pandas as pd
 from analysis import claims, figure
 from analysis.draw import tell
 from analysis.looks import look
-from analysis.runs import estimates, final, in_words, load, mean, values
+from analysis.runs import STATISTICS, estimates, final, in_words, load, values
 from experiments.figures import MODULES
 
 loaded = functools.cache(lambda folder: load(folder)[0])
@@ -55,7 +54,7 @@ def cells(name: str, size: str, folder: str) -> list[dict]:
     for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
         logged = values(table[table["state"] == "complete"], tag)[0]
         ends |= {in_words(tag).lower(): estimates(final(logged), ["cell"])} if len(logged) else {}
-    parts = [estimates(table, ["cell"]), estimates(table, ["cell"], mean), *ends.values()]
+    parts = [estimates(table, ["cell"]), estimates(table, ["cell"], STATISTICS["mean"]), *ends.values()]
     found, means, *others = (part.set_index("cell").reindex(table["cell"].unique()) for part in parts)
     for cell, own in found.iterrows():
         n = 0 if pd.isna(own["n"]) else int(own["n"])
@@ -79,23 +78,13 @@ def verdicts(name: str, size: str, folder: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def returns(file: str, *steps: str) -> list[dict]:
-    rows, table = [], pd.read_csv(file).sort_values("seed", kind="stable")
-    table = table[table["agent_step"].isin([int(step) for step in steps])]
-    for (algo, step), runs in table.groupby(["algo", "agent_step"], sort=False):
-        ends = runs["episode_return_mean"].round().astype(int)
-        row = {"runs": algo, "agent steps": f"{step:,}", "seeds": ", ".join(map(str, runs["seed"]))}
-        rows.append(row | {"returns": ", ".join(map(str, ends)), "mean": round(runs["episode_return_mean"].mean())})
-    return rows
-
-
-KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts, "returns": returns}
+KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts}
 
 
 def table(words: str) -> str:
     """The table that these words name, in Markdown."""
     kind, *rest = words.split()
-    if kind not in KINDS or len(rest) < 2:
+    if kind not in KINDS or len(rest) != 3:
         raise ValueError(f"no table {words!r}: write {', '.join(KINDS)}, and what --help says")
     rows = KINDS[kind](*rest)
     head = list(rows[0])
