@@ -1,5 +1,6 @@
 """Panels of curves or points from one kind of table, and what the programs that draw share."""
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Callable
@@ -19,16 +20,13 @@ STEPS = {"steps": [1, 2, 2.5, 5, 10], "min_n_ticks": 3}
 
 
 def panels(
-    table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str = "Agent steps", heading: Callable = str,
-    share: str | bool = True, labels: dict | None = None, caption: str = "", theme: str = "white",
+    table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str, heading: Callable, share: str | bool,
+    labels: dict[str, str], caption: str, theme: str,
 ) -> Figure:  # fmt: skip
     """Draw a table with row, col, series, x, point, value, low, high, n, expected.
 
-    Args:
-        kind: "curves" over x, or "lines": points over few numbers x, or over the names `point` where there is no x.
-        seeds: row, col, series, path, x, value of the single runs of curves, drawn thin where there are few lines.
-        share: y axes, as matplotlib's `sharey`.
-        labels: what the legend calls a series.
+    `kind` is "curves" over x, or "lines": points over few numbers x, or over the names `point` where there is no x.
+    `seeds` are the single runs of curves, drawn thin where there are few lines. `labels` is what the legend calls them.
     """
     there = table.dropna(subset="value")
     bands = banded(table)
@@ -44,7 +42,7 @@ def panels(
         n = own.groupby(["row", "col", "point"])["n"].max()  # of a curve: at its fullest step
         count = f"n = {n.min():.0f}" + (f" to {n.max():.0f}" if n.max() > n.min() else "") if len(n) else "no run"
         count += f" of {own['expected'].max():.0f}" if len(n) and n.min() < own["expected"].max() else ""
-        text = f"{(labels or {}).get(name, shown.label)} ({count})"
+        text = f"{labels.get(name, shown.label)} ({count})"
         keys.append(Line2D([], [], color=shown.color, marker=shown.marker, linestyle=shown.dash, label=text))
     width = PAGE if across > 1 or (kind == "lines" and len(there) > 12) else COLUMN + 0.7
     ncols = max(1, int(width / max(0.066 * len(key.get_label()) + 0.4 for key in keys)))
@@ -108,7 +106,7 @@ def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
     places = panel.groupby("point", sort=False)["x"].mean().dropna()
     if not numbers:
         places = pd.Series({point: float(i) for i, point in enumerate(panel["point"].unique())})
-    log = numbers and places.max() > 3 * places.min() > 0
+    log = numbers and places.max() > max(3 * places.min(), 10)
     ax.set_xscale("log" if log else "linear")
     for k, (name, shown) in enumerate(looks.items()):
         line, aside = panel[panel["series"] == name], k - (len(looks) - 1) / 2  # side by side, so that all are seen
@@ -130,9 +128,7 @@ def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
 
 def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
     """Rows for a table of returns, where `env` is a panel's task: a CSV's curves on these tasks, as far as ours go."""
-    frame = pd.read_csv(path)
-    if missing := [name for name in ("env", "algo", "seed", "agent_step", "return") if name not in frame]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write env,algo,seed,agent_step,env_step,return")
+    frame = pd.read_csv(path, usecols=["env", "algo", "seed", "agent_step", "return"])
     places = table.dropna(subset="env").groupby(["row", "col", "env"], as_index=False)["x"].max()
     places = places[places["row"].str.startswith("Return")].rename(columns={"x": "end"})
     frame = frame[frame["env"].isin(places["env"])].rename(columns={"return": "value", "agent_step": "x"})
@@ -143,7 +139,10 @@ def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
     return found[found["x"] <= found["end"]]
 
 
-def add_options(parser) -> None:
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """With the options of all programs that draw."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m analysis.{program}", description=description, formatter_class=form)
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the seeds (iqm)")
     parser.add_argument(
         "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
@@ -152,6 +151,7 @@ def add_options(parser) -> None:
     parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in legends")
     parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg")
     parser.add_argument("--no-caption", action="store_true", help="leave the caption out of the picture")
+    return parser
 
 
 def save(out: Path, table: pd.DataFrame, args, picture: Callable) -> str:

@@ -8,7 +8,6 @@ Writes fig06.png, .pdf, .csv (exactly what is drawn), .txt (what is missing, ver
 fig06-cost.csv. Exit codes: 0 drawn, 2 nothing to draw or wrong usage.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +58,12 @@ def described(figure: str, runs: pd.DataFrame, size: str = "paper", envs=None, s
     if figure in ("fig13", "fig26"):
         width, depth = table["width_scale"], table["depth_scale"]
         name = table["script"].map({"mst_sac": "SAC", "mst_ddpg": "DDPG", "mst_mrsac": "MR.SAC"})
-        table["size"] = np.maximum(width, depth)
-        ways = {"wider": depth == 1, "deeper": width == 1, "both": width == depth}
-        parts = [table[own].assign(**{"algorithm, larger": name + ", " + way}) for way, own in ways.items()]
-        table = pd.concat(parts).sort_values("script", ascending=False, kind="stable")
+        table["size"], ways = (
+            np.maximum(width, depth),
+            {"wider": depth == 1, "deeper": width == 1, "both": width == depth},
+        )
+        table = pd.concat(table[own].assign(larger=name + ", " + way) for way, own in ways.items())
+        table = table.sort_values("script", ascending=False, kind="stable")
     if figure == "fig12":
         table["rule"] = table["growth"].replace(WORDS) + ", " + table["distribution"].replace(WORDS)
     return table, problems
@@ -124,23 +125,20 @@ def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", p
     if published:
         found = pd.concat([found, draw.published(published, found, statistic)])
     share = "col" if form.col == "env" else "row" if found["row"].nunique() > 1 else True
-    shown = {
-        "xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, ""),
-        "heading": lambda value: WORDS.get(value) or heading(form, value), "labels": labels,
-        "share": False if curves and form.col == "env" else share,
-    }  # fmt: skip
+    share = False if curves and form.col == "env" else share
+    how = {"xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, ""), "labels": labels or {}}
+    how |= {"heading": lambda value: heading(form, value), "share": share}
 
     def picture(theme: str = "white", captioned: bool = True):
-        return draw.panels(found, form.kind, each, theme=theme, caption=told if captioned else "", **shown)
+        return draw.panels(found, form.kind, each, theme=theme, caption=told if captioned else "", **how)
 
     return found, picture, told, problems
 
 
 def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: n, hours, parameters, active ones and operations, the last three in millions.
+    """A row per cell: n, hours, parameters, active ones (at the start) and operations, the last three in millions.
 
-    Operations are the theoretical ones of a forward pass of all modules for one sample: two for each active parameter.
-    The products are dense, so a sparse run is not faster. Active ones are those of the start under s2d and d2s.
+    Operations are theoretical, of a forward pass for one sample: two for each active parameter. Products are dense.
     """
     table = table[table["state"] == "complete"].reindex(columns=["exp_name", "hours", "parameters", "active"])
     table[["parameters", "active"]] /= 1e6
@@ -149,8 +147,7 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(argv: list[str]) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m analysis.figure", description=__doc__, formatter_class=form)
+    parser = draw.parser("figure", __doc__)
     parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help=f"all, {', '.join(FIGURES)}")
     parser.add_argument("--runs", nargs="+", default=["runs"], help="folders of run directories (runs)")
     parser.add_argument("--size", choices=["paper", "small", "toy"], default="paper")
@@ -158,7 +155,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, help="another number of seeds than the figure's")
     parser.add_argument("--measure", nargs="+", default=[], help="rows of curves, instead of all: return, or tags")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="a folder (figures)")
-    draw.add_options(parser)
     args = parser.parse_args(argv)
     choice, drawn = (args.size, tuple(args.envs) if args.envs else None, args.seeds), 0
     suffix, of_size = ("", "") if args.size == "paper" else (f"-{args.size}", f" ({args.size} size, not the paper's)")

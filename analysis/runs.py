@@ -74,7 +74,7 @@ def _run(path: Path) -> tuple[dict, list[str]]:
     config = json.loads((path / "config.json").read_text())
     args = config["args"]
     script, env = config.get("script") or Path(config["command"][0]).stem, args["env_id"]
-    evaluations, problems = _evaluations(path)
+    evaluations, problems = _table(path / "eval.csv", EVALUATIONS)
     steps = evaluations["agent_step"].max()
     state = "no evaluation" if evaluations.empty else "complete" if steps >= args["total_timesteps"] else "short"
     settings = {name: value for name, value in (args | {"script": script}).items() if name not in NOT_SETTINGS}
@@ -88,13 +88,10 @@ def _run(path: Path) -> tuple[dict, list[str]]:
     return row | {"settings": settings}, problems
 
 
-def _evaluations(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    file = path / "eval.csv"
-    return _table(file, EVALUATIONS) if file.exists() else (pd.DataFrame(columns=EVALUATIONS, dtype=float), [])
-
-
 def _table(file: Path, columns: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """A run's CSV, without what is damaged. Of rows with the same agent step (and tag) the last one counts."""
+    if not file.exists():
+        return pd.DataFrame(columns=columns, dtype=float), []
     form = {"dtype": str, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "encoding_errors": "replace"}
     table = pd.read_csv(file, skip_blank_lines=False, **form)
     if list(table) != columns:
@@ -115,7 +112,7 @@ def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list
     for path in runs["path"]:
         try:
             if metric == RETURN:
-                table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
+                table = _table(path / "eval.csv", EVALUATIONS)[0].rename(columns={"episode_return_mean": "value"})
             else:
                 table, said = _table(path / "metrics.csv", ["agent_step", "tag", "value"])
                 problems, table = problems + said, table[table["tag"] == metric]
@@ -198,16 +195,11 @@ def in_words(metric: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-@functools.lru_cache(maxsize=512)
-def _draws(n: int, seed: int, number: int = 2000) -> np.ndarray:
-    return np.random.default_rng([seed, n]).integers(n, size=(number, n))
-
-
 def resamples(x: np.ndarray, statistic=iqm, seed: int = 0) -> np.ndarray:
     """The statistic of x, then of 2,000 bootstrap resamples of x. NaN for one value, which has no spread."""
-    x = np.asarray(x, float)
-    again = _draws(max(len(x), 1), seed)
-    return np.append(statistic(x), statistic(x[again]) if len(x) > 1 else np.full(len(again), np.nan))
+    n, x = len(x), np.asarray(x, float)
+    again = np.random.default_rng([seed, n]).integers(max(n, 1), size=(2000, n))
+    return np.append(statistic(x), statistic(x[again]) if n > 1 else np.full(2000, np.nan))
 
 
 def estimates(table: pd.DataFrame, by: list[str], statistic=iqm) -> pd.DataFrame:
