@@ -36,8 +36,7 @@ class Claim(NamedTuple):
 def verdicts(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs=None, seeds=None) -> pd.DataFrame:
     """A row per claim of a figure: claim, verdict, effect, low and high, contrasts, n (fewest runs of a cell).
 
-    Effect and interval are those of the contrast that decides, the least favourable one. The interval is the one that
-    the verdict is read from: where a claim has several contrasts, its upper end is corrected for their number.
+    Effect and interval are those of the contrast that decides, the least favourable one, as the verdict is read.
     """
     table, _ = declared(figure, runs, size, envs, seeds)
     measured = functools.cache(lambda measure, relative: outcome(figure, table, measure, relative))
@@ -93,8 +92,6 @@ def sentences(tested: pd.DataFrame) -> str:
     )
 
 
-# What claims are made of --------------------------------------------------------------------------------------------
-
 # A contrast of claims.csv compares sums of cells: "dst x5 - dense x5 > dst x1 - dense x1". "~" is "within 10%". A cell
 # is the words that choose it, perhaps with a factor: "0.5 dense x1". A number alone is itself, "sd:arch" the standard
 # deviation between types. Words in braces stand for one after the other: all of these contrasts have to hold.
@@ -109,27 +106,23 @@ def contrasts(text: str, module: str) -> list[Terms]:
     found, braces = [], dict.fromkeys(re.findall(r"{.*?}", text))
     for words in itertools.product(*(brace[1:-1].split(",") for brace in braces)):
         line = functools.reduce(lambda x, pair: x.replace(*pair), zip(braces, words, strict=True), text)
-        left, sign, right = re.split(" ([<>~]) ", line)
-        a, b = _sum(left, module), _sum(right, module)
-        if sign == "~":
-            found += [a + _times(-1 + MARGIN, b), _times(1 + MARGIN, b) + _times(-1, a)]
-        else:
-            found.append(a + _times(-1, b) if sign == ">" else b + _times(-1, a))
+        within = [line.replace("~", f"> {1 - MARGIN}"), line.replace("~", f"< {1 + MARGIN}")]
+        for each in within if "~" in line else [line]:
+            left, sign, right = re.split(" ([<>]) ", each)
+            greater, smaller = (left, right) if sign == ">" else (right, left)
+            found.append(_sum(greater, module) + _sum(smaller, module, -1))
     return found
 
 
-def _sum(text: str, module: str) -> Terms:
+def _sum(text: str, module: str, times: int = 1) -> Terms:
     terms: Terms = []
     for sign, term in re.findall(r"(^|[+-] )(.*?)(?= [+-] |$)", text):
         factor, *words = term.split() if re.match(r"[\d.]+( |$)", term) else ["1", *term.split()]
         query = " and ".join(CELLS[word] for word in words if not word.startswith("sd:")).format(m=module)
         between = [f"{module}_{word[3:]}|" for word in words if word.startswith("sd:")]
-        terms.append(((-1 if sign == "- " else 1) * float(factor), "".join(between) + query if words else None))
+        weight = (-times if sign == "- " else times) * float(factor)
+        terms.append((weight, "".join(between) + query if words else None))
     return terms
-
-
-def _times(factor: float, terms: Terms) -> Terms:
-    return [(factor * weight, query) for weight, query in terms]
 
 
 CLAIMS = [

@@ -21,11 +21,7 @@ from analysis.runs import RETURN, STATISTICS, estimates, final, load, values
 
 
 def picture(runs: pd.DataFrame, metric: str = RETURN, statistic="iqm", published=None, labels: dict | None = None):
-    """What `analysis.figure.drawing` gives, with a line per label of the runs.
-
-    A line looks as what its regimes are together, where that tells the lines apart. What all labels begin with is left
-    out in the legend.
-    """
+    """What `drawing` gives, with a line per label. It looks as its regimes do, where that tells the lines apart."""
     names = list(runs["label"].unique())
     series = {row["label"]: method(row) for row in runs.to_dict("records")}
     named = len(set(series.values())) == len(names) and set(series.values()) <= set(LOOKS)

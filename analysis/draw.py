@@ -21,7 +21,7 @@ STEPS = {"steps": [1, 2, 2.5, 5, 10], "min_n_ticks": 3}
 
 def panels(
     table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str, heading: Callable, share: str | bool,
-    labels: dict[str, str], caption: str, theme: str,
+    labels: dict[str, str], bands: bool, caption: str, theme: str,
 ) -> Figure:  # fmt: skip
     """Draw a table with row, col, series, x, point, value, low, high, n, expected.
 
@@ -29,7 +29,6 @@ def panels(
     `seeds` are the single runs of curves, drawn thin where there are few lines. `labels` is what the legend calls them.
     """
     there = table.dropna(subset="value")
-    bands = banded(table)
     rows, cols = there["row"].unique(), there["col"].unique()  # no row or column of empty panels
     cols = sorted(cols) if pd.api.types.is_numeric_dtype(table["col"]) else cols
     places = [(row, col) for row in rows for col in cols]
@@ -66,12 +65,6 @@ def panels(
         fig.legend(handles=keys, loc="outside upper center", ncols=ncols)
         fig.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, linespacing=1.2)
     return fig
-
-
-def banded(table: pd.DataFrame) -> bool:
-    """Whether all panels have so few lines that bands can be told apart. Published lines have none."""
-    own = table[~table["series"].str.endswith(", published")].dropna(subset="value")
-    return own.groupby(["row", "col"])["series"].nunique().max() <= BANDS
 
 
 def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict, bands: bool) -> None:
@@ -144,9 +137,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"python -m analysis.{program}", description=description, formatter_class=form)
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the seeds (iqm)")
-    parser.add_argument(
-        "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
-    )
+    parser.add_argument("--published", metavar="CSV", help="curves over returns: env,algo,seed,agent_step,return")
     split = lambda text: (text.partition("=")[0], text.partition("=")[2])  # noqa: E731
     parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in legends")
     parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg")

@@ -58,10 +58,8 @@ def described(figure: str, runs: pd.DataFrame, size: str = "paper", envs=None, s
     if figure in ("fig13", "fig26"):
         width, depth = table["width_scale"], table["depth_scale"]
         name = table["script"].map({"mst_sac": "SAC", "mst_ddpg": "DDPG", "mst_mrsac": "MR.SAC"})
-        table["size"], ways = (
-            np.maximum(width, depth),
-            {"wider": depth == 1, "deeper": width == 1, "both": width == depth},
-        )
+        table["size"] = np.maximum(width, depth)
+        ways = {"wider": depth == 1, "deeper": width == 1, "both": width == depth}
         table = pd.concat(table[own].assign(larger=name + ", " + way) for way, own in ways.items())
         table = table.sort_values("script", ascending=False, kind="stable")
     if figure == "fig12":
@@ -106,19 +104,16 @@ def heading(form: Form, value) -> str:
 
 
 def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", published=None, labels=None):
-    """What is drawn of a table of runs, a function `picture(theme, captioned)`, the caption, and problems.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
+    """What is drawn of a table of runs, a function `picture(theme, captioned)`, the caption, and problems."""
     found, each, problems = numbers(table, form, statistic)
     if found["value"].isna().all():
         raise ValueError("\n".join(["no run with values on all of the tasks", *problems]))
     tasks, curves = table["env"].unique(), form.kind == "curves"
     over = "" if found["env"].notna().all() else f" of a task, then mean over {len(tasks)} tasks (n: runs on a task)"
+    lines = found.dropna(subset="value").groupby(["row", "col"])["series"].nunique().max()
+    bands = curves and lines <= draw.BANDS
     told = f"{title}{WORDS[statistic]} over the seeds{over}"
     if found["low"].notna().any():
-        bands = curves and draw.banded(found)
         told += "; bands: its 95% interval; thin lines: single runs" if bands else "; strokes: its 95% interval"
     told += "." + " Hollow: runs are missing." * bool((found["n"] < found["expected"]).any())
     told += f" {', '.join(tasks)}."
@@ -126,8 +121,8 @@ def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", p
         found = pd.concat([found, draw.published(published, found, statistic)])
     share = "col" if form.col == "env" else "row" if found["row"].nunique() > 1 else True
     share = False if curves and form.col == "env" else share
-    how = {"xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, ""), "labels": labels or {}}
-    how |= {"heading": lambda value: heading(form, value), "share": share}
+    how = {"heading": lambda value: heading(form, value), "share": share, "labels": labels or {}, "bands": bands}
+    how |= {"xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, "")}
 
     def picture(theme: str = "white", captioned: bool = True):
         return draw.panels(found, form.kind, each, theme=theme, caption=told if captioned else "", **how)

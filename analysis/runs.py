@@ -34,9 +34,6 @@ def load(*folders: str | Path) -> tuple[pd.DataFrame, list[str]]:
 
     `label` is the experiment name and, where runs of one name have different settings, what differs. A run that is
     there several times (a link, a copy) counts once: the longest. `state` is "complete", "short" or "no evaluation".
-
-    Raises:
-        ValueError: there is no run.
     """
     paths: dict[Path, list[Path]] = {}
     for folder in map(Path, folders):
@@ -172,9 +169,6 @@ def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs
         shown = ", ".join(of[:3]) + (", ..." if len(of) > 3 else "")
         problems.append(f"not as declared: {text} in {len(of)} of {len(rows)} runs ({shown})")
     return pd.DataFrame(rows), problems
-
-
-# Statistics ---------------------------------------------------------------------------------------------------------
 
 
 def iqm(x: np.ndarray) -> np.ndarray:
