@@ -78,17 +78,14 @@ def test_what_is_foreign_or_damaged_is_named_and_left_out(tmp_path):
     (write(tmp_path, seed=3) / "config.json").write_bytes(b"\xff{")
     half = write(tmp_path, seed=4) / "eval.csv"
     half.write_text(half.read_text() + "300,600,30")
-    metrics = write(tmp_path, seed=5) / "metrics.csv"
-    metrics.write_bytes(metrics.read_bytes().replace(b"agent_step", b"agent\xd3step"))
     lost = write(tmp_path, seed=6) / "metrics.csv"
     lost.write_bytes(lost.read_bytes().replace(b"100,", b"1\x80,"))
     found, problems = load(tmp_path)
-    assert sorted(found["seed"]) == [1, 4, 5, 6]
+    assert sorted(found["seed"]) == [1, 4, 6]
     assert sum(each.startswith("left out") for each in problems) == 3
     assert any("damaged: 1 of 4 lines" in each and "__4/eval.csv" in each for each in problems)
     logged, problems = values(found, SRANK)
     assert sorted(logged.groupby("seed").size().items()) == [(1, 3), (4, 3), (6, 2)]
-    assert any("__5" in each for each in problems)
     assert any("__6/metrics.csv" in each for each in problems)
     assert draw(tmp_path, out=tmp_path) == 0
 
@@ -96,10 +93,8 @@ def test_what_is_foreign_or_damaged_is_named_and_left_out(tmp_path):
 def test_runs_of_a_renamed_script_and_without_an_evaluation_are_read(tmp_path):
     write(tmp_path, config={"script": "my_sac"}.items())
     (write(tmp_path, seed=2) / "eval.csv").unlink()
-    found, _ = load(tmp_path)
-    assert found[["script", "state", "parameters", "active"]].values.tolist() == [
-        ["my_sac", "complete", 100, 40], ["mst_mrq", "no evaluation", 100, 40]
-    ]  # fmt: skip
+    found = load(tmp_path)[0][["script", "state", "parameters", "active"]]
+    assert found.values.tolist() == [["my_sac", "complete", 100, 40], ["mst_mrq", "no evaluation", 100, 40]]
 
 
 def test_a_picture_is_there_before_anything_is_printed_on_any_terminal(tmp_path, monkeypatch):
@@ -137,14 +132,6 @@ def test_published_curves_are_laid_over_the_returns_of_their_task(tmp_path):
     table, *_ = curves.picture(load(tmp_path / "runs")[0], published=tmp_path / "p.csv")
     own = table[table["series"] == "mrq, published"]
     assert own[["col", "x", "value", "n"]].values.tolist() == [["dog-run", 0, 15, 2], ["dog-run", 200, 15, 2]]
-    with pytest.raises(ValueError, match="has no curves of returns on dog-run"):
-        curves.picture(load(tmp_path / "runs")[0], metric=SRANK, published=tmp_path / "p.csv")
-
-
-def test_the_stored_runs_have_todays_form():
-    found, problems = load(ROOT / "results/small/runs")
-    assert (len(found), problems, set(found["state"])) == (25, [], {"complete"})
-    assert set(found["parameters"]) == {267_393 + 9_452} and len(values(found, SRANK)[0]) == 25 * 12
 
 
 def test_a_page_gets_its_tables_and_a_stale_one_is_named(tmp_path, capsys, monkeypatch):
@@ -158,9 +145,6 @@ def test_a_page_gets_its_tables_and_a_stale_one_is_named(tmp_path, capsys, monke
     assert "| MST | 5 | 337 | 325 [287, 392] |" in text and "old" not in text
     assert "| MST | cheetah-run | 360 | 288 | 424 | 286 | 326 |" in text
     assert "| A dynamic topology helps the critic: dst > sst | **inconclusive** | return | 5 | -26.5" in text
-    page.write_text("<!-- table: cells fig14 small results/small/runs -->\n")
-    with pytest.raises(SystemExit, match="2"):
-        tables.main(["--fill", str(page)])
 
 
 def test_the_notebook_is_stored_with_what_code_and_results_give_now(monkeypatch):
@@ -168,14 +152,13 @@ def test_the_notebook_is_stored_with_what_code_and_results_give_now(monkeypatch)
     notebook = nbformat.read(path, as_version=4)
 
     def outputs() -> list[str]:
-        """What the cells printed, and "picture" for each that they drew."""
-        found = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-        return ["picture" if "image/png" in out.get("data", {}) else out.get("text", "") for out in found]
+        """What each cell printed, with "picture" for what it drew."""
+        found = [cell.get("outputs", []) for cell in notebook.cells]
+        return ["".join("picture" if "data" in out else out.get("text", "") for out in cell) for cell in found]
 
     stored = outputs()
-    assert stored.count("picture") >= 3
+    assert "".join(stored).count("picture") >= 3
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
     assert outputs() == stored, "stale: run `make evidence`, look at the outputs and commit them"
-    assert not any("results" in cell.source and "python mst" in cell.source for cell in notebook.cells)

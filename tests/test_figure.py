@@ -41,9 +41,9 @@ def runs(tmp_path_factory) -> pd.DataFrame:
     return load(folder)[0]
 
 
-def drawn(name: str, runs: pd.DataFrame, **how):
+def drawn(name: str, runs: pd.DataFrame):
     table, problems = described(name, runs, envs=ENVS.get(name), seeds=2)
-    found, picture, caption, more = drawing(table, FORMS[name], "A title. ", **how)
+    found, picture, caption, more = drawing(table, FORMS[name], "A title. ")
     return found, picture, caption, problems + more
 
 
@@ -109,13 +109,6 @@ def test_at_most_three_bands_overlap_and_more_lines_have_strokes(once):
         assert ("strokes" in caption) == (lines > 3)
 
 
-def test_a_point_is_the_interquartile_mean_over_seeds_of_tasks(once):
-    found, *_ = once("fig06")
-    assert set(found["value"]) == {(100 + 300) / 2}
-    assert found["x"].nunique() == 3 and found["x"].min() == 1e6 * 3  # the encoder has scale 3
-    assert once("fig11")[0].query("x == 1000 and row == 'Critic dormant ratio'")["value"].unique().tolist() == [40]
-
-
 def lab(color) -> np.ndarray:
     """CIELAB as a deuteranope sees it: the matrix of Machado et al. 2009 at full severity."""
     x = np.array(to_rgb(color))
@@ -150,9 +143,8 @@ def test_a_regime_looks_the_same_in_curves_and_figures(runs, once):
 
 
 def test_a_table_of_cost_has_hours_parameters_and_operations(runs):
-    row = costs(declared("fig14", runs, seeds=2)[0]).iloc[0]
-    assert row[["n", "parameters", "active", "operations"]].tolist() == [2, 36, 14.4, 28.8]
-    assert row["hours"] == pytest.approx(200 / 3600)
+    row = costs(declared("fig14", runs, seeds=2)[0]).iloc[0, 1:]
+    assert row.to_dict() == pytest.approx(dict(n=2, hours=1 / 18, parameters=36, active=14.4, operations=28.8))
 
 
 def test_files_are_written_for_print_and_for_both_themes_of_github(tmp_path, capsys):
@@ -165,7 +157,3 @@ def test_files_are_written_for_print_and_for_both_themes_of_github(tmp_path, cap
     assert figure.main(["all", *stored, "--github", "--no-caption", "--label", "mst=Ours"]) == 0
     light, dark = ((tmp_path / f"fig14-small_{theme}.svg").read_text() for theme in ("light", "dark"))
     assert "#1f2328" in light and "#e6edf3" in dark
-    for arguments, part in ((["fig99"], "invalid choice"), (["fig06", *stored], "no run with values")):
-        with pytest.raises(SystemExit, match="2"):
-            figure.main(arguments)
-        assert part in capsys.readouterr().err
