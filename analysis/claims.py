@@ -21,16 +21,12 @@ from analysis.runs import RETURN, STATISTICS, declared, final, in_words, resampl
 from experiments import figures
 
 MIN_RUNS, MARGIN = 5, 0.1
-SAME_RUNS = {  # a figure with the claims of another one, on its own tasks
-    "fig18": "fig02", "fig19": "fig04", "fig20": "fig05", "fig21": "fig06", "fig22": "fig06", "fig23": "fig08",
-    "fig24": "fig09", "fig25": "fig09",
-}  # fmt: skip
 SINCE = {"depth": 2_000, "encoder-types": 2_000}  # agent step from which on evaluations are a run's outcome
 Terms = list[tuple[float, str | None]]
 
 
 class Claim(NamedTuple):
-    figure: str
+    figures: list[str]
     text: str
     contrasts: list[Terms]
     measure: str = RETURN  # or a tag of metrics.csv
@@ -40,15 +36,12 @@ class Claim(NamedTuple):
 def verdicts(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs=None, seeds=None) -> pd.DataFrame:
     """A row per claim of a figure: claim, verdict, effect, low and high, contrasts, n (fewest runs of a cell).
 
-    Effect and interval are those of the contrast that decides, the least favourable one. The interval is the one that
-    the verdict is read from: where a claim has several contrasts, its upper end is corrected for their number.
+    Effect and interval are those of the contrast that decides, the least favourable one, as the verdict is read.
     """
-    chosen = [claim for claim in CLAIMS if claim.figure == SAME_RUNS.get(figure, figure)]
     table, _ = declared(figure, runs, size, envs, seeds)
-    measured = {
-        key: outcome(figure, table, *key) for key in {(claim.measure, claim.how == "relative") for claim in chosen}
-    }
-    return pd.DataFrame([verdict(claim, measured[claim.measure, claim.how == "relative"]) for claim in chosen])
+    measured = functools.cache(lambda measure, relative: outcome(figure, table, measure, relative))
+    chosen = [claim for claim in CLAIMS if figure in claim.figures]
+    return pd.DataFrame([verdict(claim, measured(claim.measure, claim.how == "relative")) for claim in chosen])
 
 
 def outcome(figure: str, table: pd.DataFrame, measure: str = RETURN, relative: bool = False) -> pd.DataFrame:
@@ -99,28 +92,11 @@ def sentences(tested: pd.DataFrame) -> str:
     )
 
 
-# What claims are made of --------------------------------------------------------------------------------------------
-
 # A contrast of claims.csv compares sums of cells: "dst x5 - dense x5 > dst x1 - dense x1". "~" is "within 10%". A cell
 # is the words that choose it, perhaps with a factor: "0.5 dense x1". A number alone is itself, "sd:arch" the standard
 # deviation between types. Words in braces stand for one after the other: all of these contrasts have to hold.
-CELLS = {  # {m} is the module that a figure is about
-    **{regime: "{m}_regime == '" + regime + "'" for regime in figures.REGIMES},
-    "dyn": "{m}_regime in ('dst', 's2d', 'd2s')", "sparse": "{m}_regime != 'dense'",
-    "plain": "{m}_arch <= 2", "ln": "{m}_arch >= 3", "nores": "{m}_arch <= 4", "res": "{m}_arch >= 5",
-    "elu": "{m}_arch in (2, 4, 6)", "relu": "{m}_arch in (1, 3, 5)", "t3-4": "{m}_arch in (3, 4)",
-    **{f"t{x}": "{m}_arch == " + str(x) for x in figures.TYPES},
-    **{f"x{x}": "{m}_scale == " + str(x) for x in figures.SCALES},
-    **{f"{m[0]}.{r}": f"{m}_regime == '{r}'" for m in figures.MODULES for r in figures.REGIMES},
-    "MR.Q": "critic_regime == 'dense' and critic_arch == 4", "Res": "critic_regime == 'dense' and critic_arch == 6",
-    "MST": "critic_regime == 'dst' and actor_regime == 'sst'",
-    **{f"w{w}d{d}": f"width_scale == {w} and depth_scale == {d}" for w in (1, 5) for d in (1, 5)},
-    **{f"deep{x}": f"depth_scale == {x}" for x in (1, 15)},
-    "SAC": "script == 'mst_sac'", "DDPG": "script == 'mst_ddpg'", "MR.SAC": "script == 'mst_mrsac'",
-    **{x: f"growth == '{x}'" for x in ("rigl", "set")}, **{x: f"distribution == '{x}'" for x in ("er", "uniform")},
-    **{f"s{x}": f"critic_sparsity == {x}" for x in (0.2, 0.6, 0.9)}, "s0.5-0.8": "0.45 < critic_sparsity < 0.85",
-    **{x: f"residual == '{x}'" for x in ("pre", "post")},
-}  # fmt: skip
+# The words and what they choose are in cells.csv, where {m} is the module that a figure is about.
+CELLS = pd.read_csv(Path(__file__).with_name("cells.csv")).set_index("word")["query"].to_dict()
 BRACES = {"{all}": "{dense,sst,dst,s2d,d2s}", "{sparse}": "{sst,dst,s2d,d2s}", "{dynamic}": "{dst,s2d,d2s}"}
 
 
@@ -130,30 +106,26 @@ def contrasts(text: str, module: str) -> list[Terms]:
     found, braces = [], dict.fromkeys(re.findall(r"{.*?}", text))
     for words in itertools.product(*(brace[1:-1].split(",") for brace in braces)):
         line = functools.reduce(lambda x, pair: x.replace(*pair), zip(braces, words, strict=True), text)
-        left, sign, right = re.split(" ([<>~]) ", line)
-        a, b = _sum(left, module), _sum(right, module)
-        if sign == "~":
-            found += [a + _times(-1 + MARGIN, b), _times(1 + MARGIN, b) + _times(-1, a)]
-        else:
-            found.append(a + _times(-1, b) if sign == ">" else b + _times(-1, a))
+        within = [line.replace("~", f"> {1 - MARGIN}"), line.replace("~", f"< {1 + MARGIN}")]
+        for each in within if "~" in line else [line]:
+            left, sign, right = re.split(" ([<>]) ", each)
+            greater, smaller = (left, right) if sign == ">" else (right, left)
+            found.append(_sum(greater, module) + _sum(smaller, module, -1))
     return found
 
 
-def _sum(text: str, module: str) -> Terms:
+def _sum(text: str, module: str, times: int = 1) -> Terms:
     terms: Terms = []
     for sign, term in re.findall(r"(^|[+-] )(.*?)(?= [+-] |$)", text):
         factor, *words = term.split() if re.match(r"[\d.]+( |$)", term) else ["1", *term.split()]
         query = " and ".join(CELLS[word] for word in words if not word.startswith("sd:")).format(m=module)
         between = [f"{module}_{word[3:]}|" for word in words if word.startswith("sd:")]
-        terms.append(((-1 if sign == "- " else 1) * float(factor), "".join(between) + query if words else None))
+        weight = (-times if sign == "- " else times) * float(factor)
+        terms.append((weight, "".join(between) + query if words else None))
     return terms
 
 
-def _times(factor: float, terms: Terms) -> Terms:
-    return [(factor * weight, query) for weight, query in terms]
-
-
 CLAIMS = [
-    Claim(row.figure, row.claim, contrasts(row.contrast, row.module), row.measure, row.how)
+    Claim(row.figures.split(), row.claim, contrasts(row.contrast, row.module), row.measure, row.how)
     for row in pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples()
 ]

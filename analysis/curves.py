@@ -8,7 +8,6 @@ A line is the interquartile mean over the seeds. It prints a table of final valu
 writes a PNG, a PDF and a CSV of what is drawn. Exit codes: 0 drawn, 2 no such runs or wrong usage.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -22,11 +21,7 @@ from analysis.runs import RETURN, STATISTICS, estimates, final, load, values
 
 
 def picture(runs: pd.DataFrame, metric: str = RETURN, statistic="iqm", published=None, labels: dict | None = None):
-    """What `analysis.figure.drawing` gives, with a line per label of the runs.
-
-    A line looks as what its regimes are together, where that tells the lines apart. What all labels begin with is left
-    out in the legend.
-    """
+    """What `drawing` gives, with a line per label. It looks as its regimes do, where that tells the lines apart."""
     names = list(runs["label"].unique())
     series = {row["label"]: method(row) for row in runs.to_dict("records")}
     named = len(set(series.values())) == len(names) and set(series.values()) <= set(LOOKS)
@@ -47,12 +42,10 @@ def ends(curves: pd.DataFrame, statistic: str = "iqm") -> pd.DataFrame:
 
 
 def main(argv: list[str]) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m analysis.curves", description=__doc__, formatter_class=form)
+    parser = draw.parser("curves", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
     parser.add_argument("--metric", default=RETURN, metavar="TAG", help="a tag of metrics.csv, instead of the return")
     parser.add_argument("--out", type=Path, default=Path("figures/curves"), help="with or without suffix")
-    draw.add_options(parser)
     args = parser.parse_args(argv)
     try:
         runs, problems = load(*args.runs)

@@ -1,5 +1,6 @@
 """Panels of curves or points from one kind of table, and what the programs that draw share."""
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from analysis.looks import COLUMN, LOOKS, PAGE, SMALL, look, style
 from analysis.runs import STATISTICS, estimates
@@ -19,19 +20,15 @@ STEPS = {"steps": [1, 2, 2.5, 5, 10], "min_n_ticks": 3}
 
 
 def panels(
-    table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str = "Agent steps", heading: Callable = str,
-    share: str | bool = True, labels: dict | None = None, caption: str = "", theme: str = "white",
+    table: pd.DataFrame, kind: str, seeds: pd.DataFrame, *, xlabel: str, heading: Callable, share: str | bool,
+    labels: dict[str, str], bands: bool, caption: str, theme: str,
 ) -> Figure:  # fmt: skip
     """Draw a table with row, col, series, x, point, value, low, high, n, expected.
 
-    Args:
-        kind: "curves" over x, or "lines": points over few numbers x, or over the names `point` where there is no x.
-        seeds: row, col, series, path, x, value of the single runs of curves, drawn thin where there are few lines.
-        share: y axes, as matplotlib's `sharey`.
-        labels: what the legend calls a series.
+    `kind` is "curves" over x, or "lines": points over few numbers x, or over the names `point` where there is no x.
+    `seeds` are the single runs of curves, drawn thin where there are few lines. `labels` is what the legend calls them.
     """
     there = table.dropna(subset="value")
-    bands = banded(table)
     rows, cols = there["row"].unique(), there["col"].unique()  # no row or column of empty panels
     cols = sorted(cols) if pd.api.types.is_numeric_dtype(table["col"]) else cols
     places = [(row, col) for row in rows for col in cols]
@@ -44,7 +41,7 @@ def panels(
         n = own.groupby(["row", "col", "point"])["n"].max()  # of a curve: at its fullest step
         count = f"n = {n.min():.0f}" + (f" to {n.max():.0f}" if n.max() > n.min() else "") if len(n) else "no run"
         count += f" of {own['expected'].max():.0f}" if len(n) and n.min() < own["expected"].max() else ""
-        text = f"{(labels or {}).get(name, shown.label)} ({count})"
+        text = f"{labels.get(name, shown.label)} ({count})"
         keys.append(Line2D([], [], color=shown.color, marker=shown.marker, linestyle=shown.dash, label=text))
     width = PAGE if across > 1 or (kind == "lines" and len(there) > 12) else COLUMN + 0.7
     ncols = max(1, int(width / max(0.066 * len(key.get_label()) + 0.4 for key in keys)))
@@ -68,12 +65,6 @@ def panels(
         fig.legend(handles=keys, loc="outside upper center", ncols=ncols)
         fig.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, linespacing=1.2)
     return fig
-
-
-def banded(table: pd.DataFrame) -> bool:
-    """Whether all panels have so few lines that bands can be told apart. Published lines have none."""
-    own = table[~table["series"].str.endswith(", published")].dropna(subset="value")
-    return own.groupby(["row", "col"])["series"].nunique().max() <= BANDS
 
 
 def paint_curves(ax, panel: pd.DataFrame, seeds: pd.DataFrame, looks: dict, bands: bool) -> None:
@@ -108,7 +99,7 @@ def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
     places = panel.groupby("point", sort=False)["x"].mean().dropna()
     if not numbers:
         places = pd.Series({point: float(i) for i, point in enumerate(panel["point"].unique())})
-    log = numbers and places.max() > 3 * places.min() > 0
+    log = numbers and places.max() > max(3 * places.min(), 10)
     ax.set_xscale("log" if log else "linear")
     for k, (name, shown) in enumerate(looks.items()):
         line, aside = panel[panel["series"] == name], k - (len(looks) - 1) / 2  # side by side, so that all are seen
@@ -119,23 +110,18 @@ def paint_lines(ax, panel: pd.DataFrame, looks: dict) -> None:
         points(ax, line, shown)
         for x in [] if numbers else line.loc[line["value"].isna(), "x"]:
             ax.text(x, 0, "missing", rotation=90, fontsize=SMALL, ha="center", va="bottom")
-    short = EngFormatter(sep="")
-    words = [short(float(f"{x:.2g}")) if x >= 10 else f"{x:g}" for x in places] if numbers else places.index.map(str)
-    # from the largest number on, those labels that leave room for the one before
-    along, room, last = np.log(places) if log else places, 0.5 / (ax.bbox.width / 72), np.inf
-    for i in np.argsort(-along.to_numpy()) if numbers else ():
-        fits = (last - along.iloc[i]) >= room * max(np.ptp(along), 1e-9)
-        words[i], last = (words[i], along.iloc[i]) if fits else ("", last)
-    ax.set_xticks(places, words)
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(places, places.index.map(str))
+    if numbers:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)) if log else MaxNLocator(3, **STEPS))
+        ax.xaxis.set_minor_locator(FixedLocator(places))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(EngFormatter(sep="") if places.max() >= 10 else StrMethodFormatter("{x:g}"))
     ax.margins(x=0.12 if numbers else 0.25 / len(places))
 
 
 def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
     """Rows for a table of returns, where `env` is a panel's task: a CSV's curves on these tasks, as far as ours go."""
-    frame = pd.read_csv(path)
-    if missing := [name for name in ("env", "algo", "seed", "agent_step", "return") if name not in frame]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write env,algo,seed,agent_step,env_step,return")
+    frame = pd.read_csv(path, usecols=["env", "algo", "seed", "agent_step", "return"])
     places = table.dropna(subset="env").groupby(["row", "col", "env"], as_index=False)["x"].max()
     places = places[places["row"].str.startswith("Return")].rename(columns={"x": "end"})
     frame = frame[frame["env"].isin(places["env"])].rename(columns={"return": "value", "agent_step": "x"})
@@ -146,15 +132,17 @@ def published(path: str, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
     return found[found["x"] <= found["end"]]
 
 
-def add_options(parser) -> None:
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """With the options of all programs that draw."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m analysis.{program}", description=description, formatter_class=form)
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm", help="over the seeds (iqm)")
-    parser.add_argument(
-        "--published", metavar="CSV", help="lay its curves over returns: env,algo,seed,agent_step,return"
-    )
+    parser.add_argument("--published", metavar="CSV", help="curves over returns: env,algo,seed,agent_step,return")
     split = lambda text: (text.partition("=")[0], text.partition("=")[2])  # noqa: E731
     parser.add_argument("--label", type=split, action="append", default=[], metavar="NAME=TEXT", help="in legends")
     parser.add_argument("--github", action="store_true", help="NAME_light.svg and NAME_dark.svg")
     parser.add_argument("--no-caption", action="store_true", help="leave the caption out of the picture")
+    return parser
 
 
 def save(out: Path, table: pd.DataFrame, args, picture: Callable) -> str:

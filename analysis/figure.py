@@ -8,7 +8,6 @@ Writes fig06.png, .pdf, .csv (exactly what is drawn), .txt (what is missing, ver
 fig06-cost.csv. Exit codes: 0 drawn, 2 nothing to draw or wrong usage.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +36,11 @@ class Form(NamedTuple):
 
 WORDS = {
     "parameters": "Parameters", "encoder_parameters": "Encoder parameters", "critic_parameters": "Critic parameters",
-    "actor_parameters": "Actor parameters", "critic_sparsity": "Sparsity of critic and actor", "growth": "Growth",
+    "actor_parameters": "Actor parameters", "critic_sparsity": "Sparsity of critic and actor",
     "topology_update_interval": "Updates between topology updates", "drop_fraction": "drop fraction ",
-    "distribution": "Distribution", "er": "ER", "rigl": "RigL", "set": "SET",
+    "er": "ER", "rigl": "RigL", "set": "SET",
     "iqm": "Interquartile mean", "mean": "Mean", "spread": "Standard deviation",
 }  # fmt: skip
-PAPER = {"distribution": "er", "growth": "rigl", "critic_sparsity": 0.6}
 FORMS = {
     row.pop("figure"): Form(**row | {"measures": tuple(row["measures"].split())})
     for row in pd.read_csv(Path(__file__).with_name("forms.csv"), dtype=str, keep_default_na=False).to_dict("records")
@@ -62,15 +60,10 @@ def described(figure: str, runs: pd.DataFrame, size: str = "paper", envs=None, s
         name = table["script"].map({"mst_sac": "SAC", "mst_ddpg": "DDPG", "mst_mrsac": "MR.SAC"})
         table["size"] = np.maximum(width, depth)
         ways = {"wider": depth == 1, "deeper": width == 1, "both": width == depth}
-        parts = [table[own].assign(**{"algorithm, larger": name + ", " + way}) for way, own in ways.items()]
-        table = pd.concat(parts).sort_values("script", ascending=False, kind="stable")
+        table = pd.concat(table[own].assign(larger=name + ", " + way) for way, own in ways.items())
+        table = table.sort_values("script", ascending=False, kind="stable")
     if figure == "fig12":
-        same = {flag: table[flag] == value for flag, value in PAPER.items()}
-        parts = []
-        for flag in PAPER:
-            own = table[np.logical_and.reduce([same[x] for x in PAPER if x != flag])].sort_values(flag, kind="stable")
-            parts.append(own.assign(flag=flag, setting=own[flag].map(lambda x: WORDS.get(x, str(x)))))
-        table = pd.concat(parts)
+        table["rule"] = table["growth"].replace(WORDS) + ", " + table["distribution"].replace(WORDS)
     return table, problems
 
 
@@ -111,54 +104,45 @@ def heading(form: Form, value) -> str:
 
 
 def drawing(table: pd.DataFrame, form: Form, title: str = "", statistic="iqm", published=None, labels=None):
-    """What is drawn of a table of runs, a function `picture(theme, captioned)`, the caption, and problems.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
+    """What is drawn of a table of runs, a function `picture(theme, captioned)`, the caption, and problems."""
     found, each, problems = numbers(table, form, statistic)
     if found["value"].isna().all():
         raise ValueError("\n".join(["no run with values on all of the tasks", *problems]))
     tasks, curves = table["env"].unique(), form.kind == "curves"
     over = "" if found["env"].notna().all() else f" of a task, then mean over {len(tasks)} tasks (n: runs on a task)"
+    lines = found.dropna(subset="value").groupby(["row", "col"])["series"].nunique().max()
+    bands = curves and lines <= draw.BANDS
     told = f"{title}{WORDS[statistic]} over the seeds{over}"
     if found["low"].notna().any():
-        bands = curves and draw.banded(found)
         told += "; bands: its 95% interval; thin lines: single runs" if bands else "; strokes: its 95% interval"
     told += "." + " Hollow: runs are missing." * bool((found["n"] < found["expected"]).any())
     told += f" {', '.join(tasks)}."
     if published:
         found = pd.concat([found, draw.published(published, found, statistic)])
     share = "col" if form.col == "env" else "row" if found["row"].nunique() > 1 else True
-    shown = {
-        "xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, ""),
-        "heading": lambda value: WORDS.get(value) or heading(form, value), "labels": labels,
-        "share": False if curves and form.col == "env" else share,
-    }  # fmt: skip
+    share = False if curves and form.col == "env" else share
+    how = {"heading": lambda value: heading(form, value), "share": share, "labels": labels or {}, "bands": bands}
+    how |= {"xlabel": "Agent steps" if curves else WORDS.get(form.x or form.point, "")}
 
     def picture(theme: str = "white", captioned: bool = True):
-        return draw.panels(found, form.kind, each, theme=theme, caption=told if captioned else "", **shown)
+        return draw.panels(found, form.kind, each, theme=theme, caption=told if captioned else "", **how)
 
     return found, picture, told, problems
 
 
 def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: n, hours (mean, least, most), parameters, active ones and operations, these in millions.
+    """A row per cell: n, hours, parameters, active ones (at the start) and operations, the last three in millions.
 
-    Operations are the theoretical ones of a forward pass of all modules for one sample: two for each active parameter.
-    The products are dense, so a sparse run is not faster. Active ones are those of the start under s2d and d2s.
+    Operations are theoretical, of a forward pass for one sample: two for each active parameter. Products are dense.
     """
-    how = {"n": ("seed", "size"), "hours": ("hours", "mean"), "least": ("hours", "min"), "most": ("hours", "max")}
-    how |= {name: (name, "mean") for name in ("parameters", "active") if name in table}
-    found = table[table["state"] == "complete"].groupby("exp_name", sort=False).agg(**how).reset_index()
-    for name in {"parameters", "active"} & set(found):
-        found[name] /= 1e6
-    return found.assign(operations=2 * found["active"]) if "active" in found else found
+    table = table[table["state"] == "complete"].reindex(columns=["exp_name", "hours", "parameters", "active"])
+    table[["parameters", "active"]] /= 1e6
+    cells = table.groupby("exp_name", sort=False)
+    return cells.mean().assign(n=cells.size(), operations=lambda own: 2 * own["active"]).reset_index()
 
 
 def main(argv: list[str]) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m analysis.figure", description=__doc__, formatter_class=form)
+    parser = draw.parser("figure", __doc__)
     parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help=f"all, {', '.join(FIGURES)}")
     parser.add_argument("--runs", nargs="+", default=["runs"], help="folders of run directories (runs)")
     parser.add_argument("--size", choices=["paper", "small", "toy"], default="paper")
@@ -166,7 +150,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, help="another number of seeds than the figure's")
     parser.add_argument("--measure", nargs="+", default=[], help="rows of curves, instead of all: return, or tags")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="a folder (figures)")
-    draw.add_options(parser)
     args = parser.parse_args(argv)
     choice, drawn = (args.size, tuple(args.envs) if args.envs else None, args.seeds), 0
     suffix, of_size = ("", "") if args.size == "paper" else (f"-{args.size}", f" ({args.size} size, not the paper's)")

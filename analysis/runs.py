@@ -10,7 +10,6 @@
 import csv
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +34,14 @@ def load(*folders: str | Path) -> tuple[pd.DataFrame, list[str]]:
 
     `label` is the experiment name and, where runs of one name have different settings, what differs. A run that is
     there several times (a link, a copy) counts once: the longest. `state` is "complete", "short" or "no evaluation".
-
-    Raises:
-        ValueError: there is no run.
     """
-    places, rows, problems = [], [], []
+    paths: dict[Path, list[Path]] = {}
     for folder in map(Path, folders):
         found = {p.parent for form in ("config.json", "*/config.json", "**/config.json") for p in folder.glob(form)}
-        places += sorted(found)
-    paths: dict[Path, list[Path]] = {}
-    for place in places:
-        paths.setdefault(place.resolve(), []).append(place)
-    problems += [f"there twice, counted once: {', '.join(map(str, again))}" for again in paths.values() if again[1:]]
+        for place in sorted(found):
+            paths.setdefault(place.resolve(), []).append(place)
+    problems = [f"there twice, counted once: {', '.join(map(str, again))}" for again in paths.values() if again[1:]]
+    rows = []
     for path in paths:
         try:
             row, said = _run(path)
@@ -56,16 +51,17 @@ def load(*folders: str | Path) -> tuple[pd.DataFrame, list[str]]:
             problems.append(f"left out: {path} ({type(error).__name__}: {error})")
     if not rows:
         raise ValueError("\n".join([f"no run in {', '.join(map(str, folders))}: give run directories", *problems]))
-    for name in dict.fromkeys(row["exp_name"] for row in rows):
-        group = [row for row in rows if row["exp_name"] == name]
-        by_env = [_settings(row for row in group if row["env"] == env) for env in {row["env"] for row in group}]
-        apart = sorted({flag for settings in by_env for flag, found in settings.items() if len(found) > 1})
-        for row in group:
-            told = ", ".join(f"{flag} {row['settings'].get(flag)}" for flag in apart)
-            row["label"] = f"{name} ({told})" if apart else name
-        if apart:
+    runs = pd.DataFrame(rows)
+    runs["label"] = runs["exp_name"]
+    for name, group in runs.groupby("exp_name"):
+        settings = pd.DataFrame(list(group["settings"]), group.index)
+        # a flag that a run does not know, as one of an older script, is no difference
+        differs = (settings.groupby(group["env"]).nunique() > 1).any()
+        if apart := sorted(differs.index[differs]):
+            told = [", ".join(f"{flag} {run.get(flag)}" for flag in apart) for run in group["settings"]]
+            runs.loc[group.index, "label"] = [f"{name} ({each})" for each in told]
             problems.append(f"{name} has runs with different {', '.join(apart)}: shown apart")
-    runs = pd.DataFrame(rows).sort_values("steps", ascending=False, kind="stable")
+    runs = runs.sort_values("steps", ascending=False, kind="stable")
     twice = runs.duplicated(["env", "label", "seed"])
     problems += [f"the same run as a longer or equal one, left out: {path}" for path in runs.loc[twice, "path"]]
     return runs[~twice].sort_index().reset_index(drop=True), problems
@@ -75,10 +71,11 @@ def _run(path: Path) -> tuple[dict, list[str]]:
     config = json.loads((path / "config.json").read_text())
     args = config["args"]
     script, env = config.get("script") or Path(config["command"][0]).stem, args["env_id"]
-    evaluations, problems = _evaluations(path)
+    evaluations, problems = _table(path / "eval.csv", EVALUATIONS)
     steps = evaluations["agent_step"].max()
     state = "no evaluation" if evaluations.empty else "complete" if steps >= args["total_timesteps"] else "short"
-    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS} | {"script": script}
+    settings = {name: value for name, value in (args | {"script": script}).items() if name not in NOT_SETTINGS}
+    settings = {name: value if isinstance(value, int | float) else str(value) for name, value in settings.items()}
     row = args | {"script": script, "env": env, "seed": int(args["seed"]), "exp_name": str(args["exp_name"])}
     row |= {"path": path, "steps": steps, "state": state, "hours": evaluations["wall_seconds"].max() / 3600}
     for module, counts in (config.get("modules") or {}).items():
@@ -88,22 +85,10 @@ def _run(path: Path) -> tuple[dict, list[str]]:
     return row | {"settings": settings}, problems
 
 
-def _settings(rows: Iterable[dict]) -> dict[str, set]:
-    """The values of each setting. A flag that a run does not know, as one of an older script, is no difference."""
-    found: dict[str, set] = {}
-    for row in rows:
-        for name, value in row["settings"].items():
-            found.setdefault(name, set()).add(value if isinstance(value, int | float | None) else str(value))
-    return found
-
-
-def _evaluations(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    file = path / "eval.csv"
-    return _table(file, EVALUATIONS) if file.exists() else (pd.DataFrame(columns=EVALUATIONS, dtype=float), [])
-
-
 def _table(file: Path, columns: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """A run's CSV, without what is damaged. Of rows with the same agent step (and tag) the last one counts."""
+    if not file.exists():
+        return pd.DataFrame(columns=columns, dtype=float), []
     form = {"dtype": str, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "encoding_errors": "replace"}
     table = pd.read_csv(file, skip_blank_lines=False, **form)
     if list(table) != columns:
@@ -124,7 +109,7 @@ def values(runs: pd.DataFrame, metric: str = RETURN) -> tuple[pd.DataFrame, list
     for path in runs["path"]:
         try:
             if metric == RETURN:
-                table = _evaluations(path)[0].rename(columns={"episode_return_mean": "value"})
+                table = _table(path / "eval.csv", EVALUATIONS)[0].rename(columns={"episode_return_mean": "value"})
             else:
                 table, said = _table(path / "metrics.csv", ["agent_step", "tag", "value"])
                 problems, table = problems + said, table[table["tag"] == metric]
@@ -157,48 +142,33 @@ def declared(figure: str, runs: pd.DataFrame, size: figures.Size = "paper", envs
 
     Runs that are missing, short or not as declared are named. Where several have one name, the closest one is taken.
     """
-    rows, lost, odd, others, there = [], {}, {}, {}, {}
+    rows, lost, odd, there = [], {}, {}, {}
     for found in runs.to_dict("records"):
         there.setdefault((found["env"], found["exp_name"], found["seed"]), []).append(found)
     wanted = figures.runs(figure, size, envs, seeds)
     flags = dict.fromkeys(flag for run in wanted for flag in run.cell)
     for run in wanted:
         usual = figures.defaults(run.script)
+        asked = {**usual, **run.settings, "script": run.script}
         row = {flag: run.cell.get(flag, usual.get(flag)) for flag in flags}
         row |= {"script": run.script, "env": run.env, "seed": run.seed, "exp_name": run.exp_name}
-        row |= {"state": "missing", "path": None}
-        settings = {**usual, **run.settings, "script": run.script}
-        settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
-        differences = []
+        differences, best = [], {"state": "missing", "path": None}
         for found in there.get((run.env, run.exp_name, run.seed), []):
             have = found["settings"]
-            differs = [f"{x} {have[x]} instead of {y}" for x, y in settings.items() if have.get(x, y) != y]
-            differences.append((len(differs), differs, found))
-        if differences:
-            _, differs, found = min(differences, key=lambda each: each[0])
-            row |= {name: value for name, value in found.items() if name not in row or name in ("state", "path")}
-            for text in differs:
-                odd.setdefault(text, []).append(found["path"].name)
-            for name, value in found["settings"].items():
-                if name not in settings and name not in flags:
-                    counts = others.setdefault((run.script, run.env, name), {})
-                    counts[str(value)] = counts.get(str(value), 0) + 1
-        if row["state"] != "complete":
-            done = f" ({row['steps']:,.0f} of {row['total_timesteps']:,} steps)" if row["state"] == "short" else ""
-            lost.setdefault((row["state"], f"{run.env}__{run.exp_name}"), []).append(f"{run.seed}{done}")
-        rows.append(row)
+            differs = [f"{x} {have[x]} instead of {y}" for x, y in asked.items() if have.get(x, y) != y]
+            if best["path"] is None or len(differs) < len(differences):
+                differences, best = differs, found
+        for text in differences:
+            odd.setdefault(text, []).append(best["path"].name)
+        if best["state"] != "complete":
+            done = f" ({best['steps']:,.0f} of {best['total_timesteps']:,} steps)" if best["state"] == "short" else ""
+            lost.setdefault((best["state"], f"{run.env}__{run.exp_name}"), []).append(f"{run.seed}{done}")
+        rows.append(best | row)
     problems = [f"{state}: {name}, seed {', '.join(of)}" for (state, name), of in lost.items()]
     for text, of in odd.items():
         shown = ", ".join(of[:3]) + (", ..." if len(of) > 3 else "")
         problems.append(f"not as declared: {text} in {len(of)} of {len(rows)} runs ({shown})")
-    for (script, env, name), counts in others.items():
-        if len(counts) > 1:
-            shown = ", ".join(f"{value} in {count} runs" for value, count in sorted(counts.items()))
-            problems.append(f"{script} on {env}: runs with different {name} ({shown})")
     return pd.DataFrame(rows), problems
-
-
-# Statistics ---------------------------------------------------------------------------------------------------------
 
 
 def iqm(x: np.ndarray) -> np.ndarray:
@@ -206,16 +176,11 @@ def iqm(x: np.ndarray) -> np.ndarray:
     return stats.trim_mean(x, 0.25, axis=-1)
 
 
-def mean(x: np.ndarray) -> np.ndarray:
-    return np.mean(x, axis=-1)
-
-
-def spread(x: np.ndarray) -> np.ndarray:
-    """Standard deviation over the last axis."""
-    return np.std(x, axis=-1, ddof=1)
-
-
-STATISTICS = {"iqm": iqm, "mean": mean, "spread": spread}
+STATISTICS = {
+    "iqm": iqm,
+    "mean": functools.partial(np.mean, axis=-1),
+    "spread": functools.partial(np.std, axis=-1, ddof=1),
+}
 
 
 def in_words(metric: str) -> str:
@@ -224,16 +189,11 @@ def in_words(metric: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-@functools.lru_cache(maxsize=512)
-def _draws(n: int, seed: int, number: int = 2000) -> np.ndarray:
-    return np.random.default_rng([seed, n]).integers(n, size=(number, n))
-
-
 def resamples(x: np.ndarray, statistic=iqm, seed: int = 0) -> np.ndarray:
     """The statistic of x, then of 2,000 bootstrap resamples of x. NaN for one value, which has no spread."""
-    x = np.asarray(x, float)
-    again = _draws(max(len(x), 1), seed)
-    return np.append(statistic(x), statistic(x[again]) if len(x) > 1 else np.full(len(again), np.nan))
+    n, x = len(x), np.asarray(x, float)
+    again = np.random.default_rng([seed, n]).integers(max(n, 1), size=(2000, n))
+    return np.append(statistic(x), statistic(x[again]) if n > 1 else np.full(2000, np.nan))
 
 
 def estimates(table: pd.DataFrame, by: list[str], statistic=iqm) -> pd.DataFrame:

@@ -1,16 +1,11 @@
 """Tables in Markdown from runs, so that no number in a page is copied by hand.
 
-    python -m analysis.tables cells fig14 small results/small/runs
-    python -m analysis.tables --fill docs/evidence.md      # writes the tables between its markers
-    python -m analysis.tables --check docs/evidence.md     # 1 if a table is not what the results say
+    python -m analysis.tables cells fig14 small results/small/runs     # or seeds, or verdicts
+    python -m analysis.tables --fill docs/evidence.md                  # writes the tables between its markers
+    python -m analysis.tables --check docs/evidence.md                 # 1 if a table is not what the results say
 
 A page holds a table between two lines: <!-- table: cells fig14 small results/small/runs --> and <!-- end -->. The words
 are those of the command line, from the repository's folder. Exit codes: 0, 1 not what the results say, 2 wrong usage.
-
-    cells FIGURE SIZE FOLDER       n, mean, interquartile mean with its interval, srank, dormant ratio by cell
-    seeds FIGURE SIZE FOLDER       what each run ended with
-    verdicts FIGURE SIZE FOLDER    on the paper's claims
-    returns CSV STEP ...           of a file of evaluations with the columns algo, seed, agent_step
 """
 
 import argparse
@@ -24,7 +19,7 @@ import pandas as pd
 from analysis import claims, figure
 from analysis.draw import tell
 from analysis.looks import look
-from analysis.runs import estimates, final, in_words, load, mean, values
+from analysis.runs import STATISTICS, estimates, final, in_words, load, values
 from experiments.figures import MODULES
 
 loaded = functools.cache(lambda folder: load(folder)[0])
@@ -34,7 +29,7 @@ def short(x: float) -> str:
     return "-" if pd.isna(x) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
-def interval(row: dict) -> str:
+def interval(row: pd.Series) -> str:
     return f"{short(row['value'])} [{short(row['low'])}, {short(row['high'])}]"
 
 
@@ -50,56 +45,43 @@ def of_figure(name: str, size: str, folder: str) -> pd.DataFrame:
     return table.assign(cell=words)
 
 
-def cells(name: str, size: str, folder: str) -> list[dict]:
-    table, rows, ends = of_figure(name, size, folder), [], {}
+def cells(name: str, size: str, folder: str) -> pd.DataFrame:
+    table = of_figure(name, size, folder)
+    found, means = (estimates(table, ["cell"], STATISTICS[x]).set_index("cell") for x in ("iqm", "mean"))
+    rows = pd.DataFrame({"cell": table["cell"].unique()}).set_index("cell")
+    rows["n"] = found["n"].astype(str)
+    rows["mean"] = means["value"].map(short)
+    rows["IQM [95% interval]"] = found.apply(interval, axis=1)
     for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
-        logged = values(table[table["state"] == "complete"], tag)[0]
-        ends |= {in_words(tag).lower(): estimates(final(logged), ["cell"])} if len(logged) else {}
-    parts = [estimates(table, ["cell"]), estimates(table, ["cell"], mean), *ends.values()]
-    found, means, *others = (part.set_index("cell").reindex(table["cell"].unique()) for part in parts)
-    for cell, own in found.iterrows():
-        n = 0 if pd.isna(own["n"]) else int(own["n"])
-        row = {"cell": cell, "n": n, "mean": short(means.loc[cell, "value"]), "IQM [95% interval]": interval(own)}
-        rows.append(row | {what: short(of.loc[cell, "value"]) for what, of in zip(ends, others, strict=True)})
-    return rows
+        logged = final(values(table[table["state"] == "complete"], tag)[0])
+        if len(logged):
+            rows[in_words(tag).lower()] = estimates(logged, ["cell"]).set_index("cell")["value"].map(short)
+    return rows.reset_index().fillna({"n": "0"})
 
 
-def seeds(name: str, size: str, folder: str) -> list[dict]:
-    return [
-        {"cell": cell, "task": env} | {f"seed {run.seed}": short(run.value) for run in runs.itertuples()}
-        for (cell, env), runs in of_figure(name, size, folder).groupby(["cell", "env"], sort=False)
-    ]
+def seeds(name: str, size: str, folder: str) -> pd.DataFrame:
+    table = of_figure(name, size, folder).rename(columns={"env": "task"})
+    table = table.assign(seed="seed " + table["seed"].astype(str), value=table["value"].map(short))
+    return table.pivot_table("value", ["cell", "task"], "seed", "first", sort=False).reset_index()
 
 
-def verdicts(name: str, size: str, folder: str) -> list[dict]:
-    return [
-        {"claim": row["claim"], "verdict": f"**{row['verdict']}**", "measure": row["measure"], "n": row["n"],
-         "effect [95% interval]": interval(row | {"value": row["effect"]}), "contrasts": row["contrasts"]}
-        for row in claims.verdicts(name, loaded(folder), size).to_dict("records")
-    ]  # fmt: skip
+def verdicts(name: str, size: str, folder: str) -> pd.DataFrame:
+    found = claims.verdicts(name, loaded(folder), size).assign(value=lambda rows: rows["effect"])
+    found["verdict"] = "**" + found["verdict"] + "**"
+    found["effect [95% interval]"] = found.apply(interval, axis=1)
+    return found[["claim", "verdict", "measure", "n", "effect [95% interval]", "contrasts"]]
 
 
-def returns(file: str, *steps: str) -> list[dict]:
-    rows, table = [], pd.read_csv(file).sort_values("seed", kind="stable")
-    table = table[table["agent_step"].isin([int(step) for step in steps])]
-    for (algo, step), runs in table.groupby(["algo", "agent_step"], sort=False):
-        ends = runs["episode_return_mean"].round().astype(int)
-        row = {"runs": algo, "agent steps": f"{step:,}", "seeds": ", ".join(map(str, runs["seed"]))}
-        rows.append(row | {"returns": ", ".join(map(str, ends)), "mean": round(runs["episode_return_mean"].mean())})
-    return rows
-
-
-KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts, "returns": returns}
+KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts}
 
 
 def table(words: str) -> str:
     """The table that these words name, in Markdown."""
     kind, *rest = words.split()
-    if kind not in KINDS or len(rest) < 2:
+    if kind not in KINDS or len(rest) != 3:
         raise ValueError(f"no table {words!r}: write {', '.join(KINDS)}, and what --help says")
-    rows = KINDS[kind](*rest)
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([str(row.get(name, "")) for name in head] for row in rows)]
+    rows = KINDS[kind](*rest).fillna("-").astype(str)
+    lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
