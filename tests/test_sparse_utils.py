@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -31,6 +31,8 @@ OPTIMIZERS = {
     "zero": lambda p: ZeroRedundancyOptimizer(p, torch.optim.Adam),  # its state is elsewhere
 }
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
+Quantised = type("Quantised", (nn.Parameter,), {})
+few = st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0])  # so that there are many ties
 HALF = torch.tensor([1.0, 2, 0, 0]), torch.tensor([True, True, False, False])  # weights and their mask
 
 
@@ -76,7 +78,6 @@ def process_group():
     ([(2, 4), (3, 6), (2, 4, 6)], 0.5, [0, 13 / 42, 55 / 84]),  # by hand
     ([(2, 4), (3, 6, 7), (7, 4)], 0.5, [0, 0.642857, 0]),  # two layers become dense
     ([(8, 6), (4, 3)], 0.7, [0.736111, 0.472222]),  # 33 + 8 zeros: each layer's share floored
-    ([(80, 4), (20, 20)], 0.8, [0.695161, 0.883871]),  # eps = 144 / 124: 1 - 84 eps / 320, 1 - 40 eps / 400
     ([(512, 512)] * 3 + [(1, 512)], 0.6, [0.600389] * 3 + [0]),  # MR.Q's critic, and at scale 5
     ([(2560, 2560)] * 11 + [(1, 2560)], 0.6, [0.600021] * 11 + [0]),
     ([(512, 1536), (512, 512), (512, 512), (1, 512)], 0.6, [0.666861, 0.500292, 0.500292, 0]),
@@ -94,8 +95,6 @@ def test_schedules_follow_equations_1_and_2_and_stay_at_their_ends():
     whole, window = ([su.scheduled_sparsity(t, 0, 0.6, *w) for t in steps] for w in ((0, 1000), (200, 800)))
     assert whole == pytest.approx([0.114, 0.2625, 0.45, 0.5625, 0.594], abs=1e-6)
     assert window == pytest.approx([0, 0.095833, 0.45, 0.595833, 0.6], abs=1e-6)
-    assert su.scheduled_sparsity(500, 0.6, 0, 0, 1000) == pytest.approx(0.15)  # 0.6 * 0.5 ** 2
-    assert su.scheduled_sparsity(500, 0, 0.8, 0, 1000, power=3) == pytest.approx(0.7)  # 0.8 - 0.8 * 0.5 ** 3
 
 
 def test_a_random_mask_has_floor_of_its_share_in_zeros_and_is_uniform_over_positions():
@@ -106,19 +105,15 @@ def test_a_random_mask_has_floor_of_its_share_in_zeros_and_is_uniform_over_posit
     assert (mean - 0.4).abs().max() < 0.05  # standard error 0.011
 
 
-@cases(
-    ("k", "expected", "new"),
-    (1, [1, 0, 0, 1, 0, 1, 1, 0], [0]),
-    (2, [1, 0, 0, 0, 1, 1, 1, 0], [0, 4]),
-    (4, [1, 0, 1, 0, 1, 1, 0, 0], [0, 2, 4]),  # 5 is dropped and regrown
-)
-def test_a_rigl_update_gives_the_masks_worked_out_by_hand(k, expected, new):
+def test_a_rigl_update_gives_the_masks_worked_out_by_hand():
     weight, mask = torch.tensor([-9, 1, 4, -1, 5, 8, -2, 3]), torch.tensor([0, 1, 0, 1, 0, 1, 1, 0]).bool()
-    new_mask, newly_grown = prune_and_grow(weight, mask, weight, k, k)
-    assert (new_mask.int().tolist(), newly_grown.nonzero().flatten().tolist()) == (expected, new)
-
-
-few = st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0])  # so that there are many ties
+    for k, expected, new in (
+        (1, [1, 0, 0, 1, 0, 1, 1, 0], [0]),
+        (2, [1, 0, 0, 0, 1, 1, 1, 0], [0, 4]),
+        (4, [1, 0, 1, 0, 1, 1, 0, 0], [0, 2, 4]),  # 5 is dropped and regrown
+    ):
+        new_mask, newly_grown = prune_and_grow(weight, mask, weight, k, k)
+        assert (new_mask.int().tolist(), newly_grown.nonzero().flatten().tolist()) == (expected, new)
 
 
 @settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -145,34 +140,19 @@ def test_set_growth_reaches_every_connection_that_is_not_kept_just_dropped_ones_
 
 @cases("optimizer", *list(OPTIMIZERS)[:-1])
 @cases(("regime", "growth"), ("dst", "set"), *((r, "rigl") for r in ("sst", "dst", "d2s", "s2d")))
-def test_weight_gradient_and_optimizer_state_are_zero_outside_the_mask_and_in_place(regime, growth, optimizer):
-    net, optimizer, sparsifier = sparse_run(regime, optimizer, growth=growth)
-    first, pointers = copy.deepcopy(sparsifier.masks), {}
-    for _ in range(40):
-        random_steps(sparsifier, 1)
-        for name, mask in sparsifier.masks.items():
-            weight = net.get_parameter(name)
-            moments = {key: s for key, s in optimizer.state[weight].items() if torch.is_tensor(s) and s.ndim}
-            # Rprop's step sizes are no moments: they stay above 0.01 * 0.99 ** 40
-            assert (moments.pop("step_size", torch.ones(())) > 0.006).all()
-            assert moments and all((tensor[~mask] == 0).all() for tensor in (weight, weight.grad, *moments.values()))
-            now = [tensor.data_ptr() for tensor in (mask, weight, *moments.values())]
-            assert pointers.setdefault(name, now) == now
-    assert (regime == "sst") == all(torch.equal(first[name], mask) for name, mask in sparsifier.masks.items())
-    assert sparsifier.topology_updates == (0 if regime == "sst" else 8)  # 40 updates, one in 5
-    assert all(net.get_parameter(f"{i}.bias").abs().min() > 0 for i in (0, 3, 6))  # biases are not masked
-
-
-@cases("regime", "dst", "d2s", "s2d")
-def test_an_update_replaces_the_share_of_equation_1_and_what_the_schedule_asks_for(regime):
-    window = {"schedule_start": 0.0, "schedule_end": 1.0}
-    net, optimizer, sparsifier = sparse_run(regime, distribution="uniform", sparsity=0.5, total_updates=20, **window)
+def test_an_update_moves_what_equations_1_and_2_ask_for_and_all_outside_the_mask_is_0(regime, growth, optimizer):
+    arguments = {"distribution": "uniform", "sparsity": 0.5, "schedule_start": 0.0, "schedule_end": 1.0}
+    net, optimizer, sparsifier = sparse_run(regime, optimizer, growth=growth, total_updates=20, **arguments)
+    in_place = {name: mask.detach() for name, mask in sparsifier.masks.items()}
     for step in range(1, 26):
         optimizer.zero_grad()
         net(torch.randn(16, 6)).square().mean().backward()
         due, new, past = sparsifier.topology_update_due, 0, (1 - min(step, 20) / 20) ** 2
+        assert due == (step % 5 == 0 and regime != "sst")
         now = {name: {"grad": w.grad, "weight": w, **optimizer.state[w]} for name, w in sparsifier.weights.items()}
+        now = {name: {key: x.detach() for key, x in tensors.items()} for name, tensors in now.items()}
         before, masks = copy.deepcopy((now, sparsifier.masks))
+        draws = sparsifier.generator.clone_state()
         sparsifier.step()
         for name, old in before.items():
             mask, active = masks[name], int(masks[name].sum())
@@ -181,14 +161,16 @@ def test_an_update_replaces_the_share_of_equation_1_and_what_the_schedule_asks_f
                 change = mask.numel() - math.floor(share * mask.numel()) - active
                 k = math.floor(0.25 * (1 + math.cos(math.pi * min(step, 20) / 20)) * active)  # eq. 1
                 counts = k + max(-change, 0), k + max(change, 0)
-                mask, newly_grown = prune_and_grow(old["weight"], mask, old["grad"], *counts)
+                mask, newly_grown = prune_and_grow(old["weight"], mask, old["grad"], *counts, growth, draws)
                 new += int(newly_grown.sum())
-            same(sparsifier.masks[name], mask)
+            same([sparsifier.masks[name], in_place[name]], [mask, mask])
             same(now[name]["grad"], old["grad"] * mask)
             for key in old.keys() - {"grad", "step"}:  # of weight and moments, what regrows keeps its own
-                same(now[name][key], old[key] * (masks[name] & mask))
+                same(now[name][key], old[key] * (masks[name] & mask | (key == "step_size")))  # of Rprop, no moment
         optimizer.step()
         assert not due or sparsifier.replaced == new / sum(int(mask.sum()) for mask in sparsifier.masks.values())
+    assert sparsifier.topology_updates == (0 if regime == "sst" else 5)
+    assert all(net.get_parameter(f"{i}.bias").abs().min() > 0 for i in (0, 3, 6))  # biases are not masked
 
 
 @cases(
@@ -203,11 +185,11 @@ def test_an_update_replaces_the_share_of_equation_1_and_what_the_schedule_asks_f
 def test_schedules_reach_the_count_of_equation_2_at_every_update(regime, arguments, expected):
     arguments = arguments | {"update_interval": 10, "total_updates": 100}
     _, _, sparsifier = sparse_run(regime, net=network(sizes=(10, 10)), **arguments)
-    measured = zeros(sparsifier)
-    for steps in [9, 1] * 10:
-        random_steps(sparsifier, steps)
+    measured = []
+    for _ in range(101):
         measured += zeros(sparsifier)
-    assert (measured[::2], measured[1::2]) == (expected, expected[:-1])  # it changes at multiples of the interval alone
+        random_steps(sparsifier, 1)
+    assert measured == [expected[step // 10] for step in range(101)]
 
 
 @cases("optimizer", "adamw", "adamw fused", "sgd momentum")
@@ -234,10 +216,8 @@ def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optim
 def test_settings_of_any_number_type_are_saved_as_plain_ones_and_equal(number, whole):
     values = {"sparsity": number(0.5), "drop_fraction": number(0.25), "update_interval": whole(5)}
     _, _, sparsifier = sparse_run(np.str_("d2s"), seed=np.int64(3), total_updates=whole(40), **values)
-    torch.save(sparsifier.state_dict(), file := io.BytesIO())
-    file.seek(0)
     expected = sparse_run("d2s", sparsity=0.5, drop_fraction=0.25, seed=3)[2].state_dict()
-    assert str(torch.load(file, weights_only=True)["settings"]) == str(expected["settings"])
+    assert str(sparsifier.state_dict()["settings"]) == str(expected["settings"])
     same(sparsifier.masks, expected["masks"])
 
 
@@ -247,15 +227,14 @@ def test_settings_of_any_number_type_are_saved_as_plain_ones_and_equal(number, w
     (network(), {"sparsity": 0.6}, [41, 177, 0]),
     (network(), {"distribution": "uniform"}, [48, 128, 8]),
     (network(sizes=(20, 20, 1)), {"sparsity": 0.6}, [252, 0]),  # 0.6 * 420, which binary64 must not turn into 251
-    # (2, 4, 6), (3, 6), (2, 4), as in the first case of ER above: 55 / 84 of 48, 13 / 42 of 18
-    (nn.Sequential(nn.Conv1d(4, 2, 6), nn.Linear(6, 3), nn.Linear(4, 2)), {}, [31, 5, 0]),
+    (nn.Sequential(nn.Conv1d(4, 2, 6), nn.Linear(6, 3), nn.Linear(4, 2)), {}, [31, 5, 0]),  # 55/84 of 48, 13/42 of 18
     (nn.Conv3d(2, 8, 3, groups=2), {}, [108]),  # half of 8 * 1 * 3 * 3 * 3
     # (48, 16), (16, 16): eps = 512 / 96, densities 64 eps / 768 and 32 eps / 256
     (nn.ModuleDict({"a": nn.MultiheadAttention(16, 2)}), {"include": ["in_proj_weight"]}, [426, 85]),
     # eps = (184 - 16) / 54: 96 - 22 eps, 256 - 32 eps
     (nn.ModuleDict({"a": network(), "predictor": nn.Linear(16, 40)}), {"exclude": ["predictor"]}, [27, 156, 0]),
-    # one that is shared, a frozen one and two empty ones
-    (nn.Sequential(*[nn.Linear(16, 16)] * 2, network().requires_grad_(False), nn.Conv1d(0, 8, 1)), {}, [128]),
+    # a shared, a frozen and an empty one
+    (nn.Sequential(*[nn.Linear(16, 16)] * 2, nn.Linear(16, 16).requires_grad_(False), nn.Linear(0, 8)), {}, [128]),
 )
 def test_linear_convolution_and_included_weights_have_floor_of_their_sparsities_in_zeros(module, arguments, expected):
     _, _, sparsifier = sparse_run(net=module, **{"sparsity": 0.5} | arguments)
@@ -282,29 +261,22 @@ def test_names_inside_a_module_are_left_as_they_are(name):
     assert list(sparse_run("sst", net=net, exclude=["head"])[2].masks) == ["head2.weight", f"{name}.head.weight"]
 
 
-def replaced(net, change):
-    net[3].weight = nn.Parameter(change(net[3].weight.data))
-
-
 @cases(
     ("change", "message", "built"),
     (lambda net: fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,))), "0.weight.* a DTensor", False),
     (lambda net: fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,))), "0.weight.* a DTensor", True),
-    (
-        lambda net: replaced(net, lambda w: w.as_subclass(type("Quantised", (torch.Tensor,), {}))),
-        "3.weight.* a Quantised",
-        False,
-    ),
-    (lambda net: replaced(net, lambda w: w.to("meta")), r"3.weight.* a Parameter \(torch.strided, meta", False),
-    (lambda net: replaced(net, torch.flatten), "3.weight is flat", False),  # FSDP1's shards on two processes
+    (lambda net: setattr(net[3], "weight", Quantised(torch.ones(16, 16))), "3.weight.* a Quantised", False),
+    (lambda net: net[3].to("meta"), r"3.weight.* a Parameter \(torch.strided, meta", False),
+    (lambda net: setattr(net[3], "weight", nn.Parameter(torch.ones(9))), "3.weight is flat", False),  # FSDP1's shards
     (lambda net: setattr(net[3].weight, "grad", torch.ones(16, 16).to_sparse()), "3.weight.*sparse_coo", True),
 )
-@pytest.mark.usefixtures("process_group")
-def test_what_is_no_ordinary_dense_tensor_is_refused_by_name_before_anything_changes(change, message, built):
+def test_what_is_no_ordinary_dense_tensor_is_refused_by_name_before_anything_changes(
+    process_group, change, message, built
+):
     net = network()
     sparsifier = sparse_run(net=net)[2] if built else None
     change(net)
-    before = [x.detach().clone() for x in net[:3].parameters()]
+    before = copy.deepcopy(list(net[:3].parameters()))
     with pytest.raises(ValueError, match=message):
         (sparsifier or sparse_run(net=net)[2]).step()
     assert all((x == y).all() for x, y in zip(net[:3].parameters(), before, strict=True))
@@ -347,8 +319,7 @@ def test_sparsity_counts_the_weights_outside_the_masks_that_are_in_fact_0():
 
 
 @cases("name", "adamw", "adamw fused", "sgd momentum", "rmsprop", "zero")
-@pytest.mark.usefixtures("process_group")
-def test_moments_that_are_not_zeroed_are_noticed_at_the_step_after_a_topology_update(name):
+def test_moments_that_are_not_zeroed_are_noticed_at_the_step_after_a_topology_update(process_group, name):
     net, _, sparsifier = sparse_run()
     optimizer = OPTIMIZERS[name](net.parameters())  # made anew
     random_steps(sparsifier, 5, optimizer=optimizer)
@@ -388,22 +359,19 @@ def test_steps_between_the_checks_do_no_host_sync_and_compile_to_one_graph(regim
         due += [step] * sparsifier.check_due
         with torch.autograd.profiler.profile() as profile:
             random_steps(sparsifier, 1)
-        synced += [step] * bool(
-            {"aten::_local_scalar_dense", "aten::nonzero"} & {e.name for e in profile.function_events}
-        )
+        ran = {event.name for event in profile.function_events}
+        synced += [step] * (not ran.isdisjoint(["aten::_local_scalar_dense", "aten::nonzero"]))
     assert due == synced == expected
     torch.compile(sparsifier.step, backend="eager", fullgraph=True)()
 
 
 def test_a_graph_is_replayed_only_where_no_sparsifier_reads_from_the_device(monkeypatch):
-    for name in ("CUDAGraph", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, Mock())
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    net, _, sparsifier = sparse_run()
-    called = []
+    for name in ("CUDAGraph", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    (net, _, sparsifier), called = sparse_run(), []
     run = su.graphed(lambda rb: called.append(random_steps(sparsifier, 1) or sparsifier.updates), net, [sparsifier], 0)
     for _ in range(17):
-        run(Mock())
+        run(MagicMock())
     assert called == [1, 2, 3, 5, 6, 10, 11, 15, 16]  # 3 is captured; 5, 10 and 15 change the topology
 
 
@@ -461,7 +429,6 @@ def test_what_cannot_work_is_refused_with_what_to_write(call, message):
 
 @cases(
     ("singular_values", "delta", "rank"),
-    ([10, 1, 1, 1], 0.01, 4),  # 12/13 is below 0.99
     ([98, 1, 1], 0.01, 2),  # 99/100 is exactly enough
     ([100, 1], 0.01, 1),  # 100/101 is above 0.99
     ([2.0**-i for i in range(20)], 0.01, 7),  # 1 - 2^-7 is above 0.99
