@@ -34,10 +34,8 @@ class RecordedGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if function in HOST_SYNCS:
             raise RuntimeError(f"{function} waits for the device")
-        generator = kwargs.get("generator")  # another object of equal state
-        if generator is not None and not any(
-            torch.equal(generator.get_state(), x.get_state()) for x in self.generators
-        ):
+        generator, states = kwargs.get("generator"), [x.get_state() for x in self.generators]
+        if generator and not any(torch.equal(generator.get_state(), state) for state in states):  # another object
             raise RuntimeError(f"{function} draws from a generator that was not registered")
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info and argument.alias_info.is_write:

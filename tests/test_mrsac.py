@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import FixedBatch
 
-from mst_mrsac import Actor, Agent, Args, Batch
+from mst_mrsac import Actor, Agent, Args, Batch, Critic
 
 
 def small_agent(**flags) -> Agent:
-    return Agent(
-        Args(width_scale=0.03, critic_regime="dense", actor_regime="dense", **flags), 4, 2, torch.device("cpu")
-    )
+    args = Args(width_scale=0.03, critic_regime="dense", actor_regime="dense", **flags)
+    return Agent(args, 4, 2, torch.device("cpu"))
 
 
 def update(agent: Agent, terminated: float = 0.0) -> dict[str, float]:
@@ -44,8 +43,7 @@ def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_rew
     agent.reward_scale.fill_(2.0)
     agent.critic_target.forward = lambda zsa: torch.tensor([[7.0, 5.0]]).expand(len(zsa), 2)
     agent.actor_target.sample = lambda zs, noise: (noise, torch.full((len(zs),), -4.0), noise)
-    critic = agent.critic.forward
-    agent.critic.forward = lambda zsa: 0 * critic(zsa)
+    agent.critic.forward = lambda zsa: 0 * Critic.forward(agent.critic, zsa)
     # the smaller of both heads, and minus 0.5 times the log-density -4 of the target policy's action
     expected = (1 + 0.99 + 0.99**2 + 0.99**3 * 5 * 3) / 2 + 0.99**3 * 0.5 * 4
     assert update(agent)["td_error"] == pytest.approx(expected, rel=1e-6)
@@ -54,8 +52,7 @@ def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_rew
 
 def test_the_actor_maximises_entropy_and_the_mean_of_both_heads():
     agent = small_agent(initial_temperature=0.5)
-    critic = agent.critic.forward
-    agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]) + 0 * critic(zsa)
+    agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]) + 0 * Critic.forward(agent.critic, zsa)
     metrics = update(agent)  # the actor's loss has the pre-activation penalty as well, of weight 1e-5
     assert metrics["actor_loss"] == pytest.approx(-0.5 * metrics["entropy"] - 3, abs=1e-3)
     assert abs(metrics["entropy"]) > 0.1

@@ -49,9 +49,8 @@ def network(seed=0, sizes=(6, 16, 16, 1)):
 
 def sparse_run(regime="dst", optimizer="adamw", net=None, **arguments):
     net = net or network()
-    arguments = {"update_interval": 5, "total_updates": 40} | arguments
     optimizer = OPTIMIZERS.get(optimizer, optimizer)(net.parameters())
-    return net, optimizer, Sparsifier(net, optimizer, regime, **arguments)
+    return net, optimizer, Sparsifier(net, optimizer, regime, **{"update_interval": 5, "total_updates": 40} | arguments)
 
 
 def random_steps(sparsifier, n, optimizer=None):
@@ -151,8 +150,7 @@ def test_an_update_moves_what_equations_1_and_2_ask_for_and_all_outside_the_mask
         assert due == (step % 5 == 0 and regime != "sst")
         now = {name: {"grad": w.grad, "weight": w, **optimizer.state[w]} for name, w in sparsifier.weights.items()}
         now = {name: {key: x.detach() for key, x in tensors.items()} for name, tensors in now.items()}
-        before, masks = copy.deepcopy((now, sparsifier.masks))
-        draws = sparsifier.generator.clone_state()
+        (before, masks), draws = copy.deepcopy((now, sparsifier.masks)), sparsifier.generator.clone_state()
         sparsifier.step()
         for name, old in before.items():
             mask, active = masks[name], int(masks[name].sum())
@@ -183,9 +181,8 @@ def test_an_update_moves_what_equations_1_and_2_ask_for_and_all_outside_the_mask
     ("d2s", {"sparsity": 0.9, "schedule_start": 0.0, "schedule_end": 0.1}, [0, *[90] * 10]),
 )
 def test_schedules_reach_the_count_of_equation_2_at_every_update(regime, arguments, expected):
-    arguments = arguments | {"update_interval": 10, "total_updates": 100}
-    _, _, sparsifier = sparse_run(regime, net=network(sizes=(10, 10)), **arguments)
-    measured = []
+    net, measured = network(sizes=(10, 10)), []
+    _, _, sparsifier = sparse_run(regime, net=net, update_interval=10, total_updates=100, **arguments)
     for _ in range(101):
         measured += zeros(sparsifier)
         random_steps(sparsifier, 1)
@@ -387,8 +384,7 @@ def test_a_layer_that_a_step_does_not_train_is_left_alone(growth, gradient):
 
 
 def test_a_large_gradient_is_masked_to_its_last_row_and_inf_outside_stays_visible_as_nan():
-    net = nn.Sequential(nn.Linear(1000, 700))  # more than 2^18 numbers, that is several parts
-    _, _, sparsifier = sparse_run("sst", net=net)
+    net, _, sparsifier = sparse_run("sst", net=network(sizes=(1000, 700)))  # more than 2^18 numbers: several parts
     net[0].weight.grad = torch.full((700, 1000), math.inf)
     sparsifier.step()
     assert torch.equal(net[0].weight.grad.isnan(), ~sparsifier.masks["0.weight"])
