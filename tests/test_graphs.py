@@ -28,18 +28,15 @@ class RecordedGraph(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.generators, self.written = [], [], {}
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        self.generators.append(generator)
+        self.register_generator_state = self.generators.append
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in HOST_SYNCS:
             raise RuntimeError(f"{function} waits for the device")
-        if (generator := kwargs.get("generator")) is not None:
-            states = [known.get_state() for known in self.generators]  # `generator` is another object of equal state
-            if not any(torch.equal(generator.get_state(), state) for state in states):
-                raise RuntimeError(f"{function} draws from a generator that was not registered")
+        generator, states = kwargs.get("generator"), [x.get_state() for x in self.generators]
+        if generator and not any(torch.equal(generator.get_state(), state) for state in states):  # another object
+            raise RuntimeError(f"{function} draws from a generator that was not registered")
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info and argument.alias_info.is_write:
                 for x in tree_leaves(value):
@@ -76,9 +73,8 @@ def record(graph: RecordedGraph, stream: None):
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-        monkeypatch.setattr(torch.cuda, "graph", record)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        for name, value in (("CUDAGraph", RecordedGraph), ("graph", record), ("current_stream", lambda: None)):
+            monkeypatch.setattr(torch.cuda, name, value)
         yield torch.device("cpu")
         return
     monkeypatch.setattr(torch.cuda, "graph", functools.partial(torch.cuda.graph, check_input_liveness=True))
@@ -95,29 +91,26 @@ def make(module, device: torch.device, graphs: bool, **flags):
     """An agent whose topologies change at every fifth update, and a buffer with two episodes, one terminated."""
     if "encoder" in module.MODULES:
         flags |= {"target_network_frequency": 3, "encoder_regime": "dst"}
-    defaults = {"topology_update_interval": 5, "actor_regime": "dst", "gamma": 0.99}
-    args = module.Args(
-        env_id="cartpole-swingup", width_scale=0.06, batch_size=16, buffer_size=48, total_timesteps=60,
-        learning_starts=20, cuda=True, cuda_graphs=graphs, **defaults | flags,
-    )  # fmt: skip
+    flags = {"topology_update_interval": 5, "actor_regime": "dst", "gamma": 0.99, "learning_starts": 20} | flags
+    flags |= {"env_id": "cartpole-swingup", "width_scale": 0.06, "batch_size": 16, "buffer_size": 48}
+    args = module.Args(total_timesteps=60, cuda=True, cuda_graphs=graphs, **flags)
     agent, rb = module.Agent(args, 5, 2, device), module.ReplayBuffer(args, 5, 2, device)
-    random = np.random.default_rng(0)
-    for terminated in (True, False):
-        obs = random.normal(size=5).astype(np.float32)
-        for step in range(20):
-            action, next_obs = random.uniform(-1, 1, 2).astype(np.float32), random.normal(size=5).astype(np.float32)
-            rb.add(obs, action, random.random(), next_obs, terminated and step == 19, first=step == 0)
-            obs = next_obs
+    for step in range(40):
+        add_random(rb, step, terminated=step == 19, first=step % 20 == 0)
     return agent, rb
+
+
+def add_random(rb, seed: int, **flags) -> None:
+    random = np.random.default_rng(seed)
+    obs, next_obs = random.normal(size=(2, 5)).astype(np.float32)
+    rb.add(obs, random.uniform(-1, 1, 2), random.random(), next_obs, **flags)
 
 
 def train(agent, rb, steps: int) -> list[torch.Tensor]:
     """Store a step and train, `steps` times. Returns the metrics of each."""
     metrics = []
     for _ in range(steps):
-        random = np.random.default_rng(agent.sparsifiers["critic"].updates)
-        action, obs, next_obs = random.uniform(-1, 1, 2), *random.normal(size=(2, 5)).astype(np.float32)
-        rb.add(obs, action, 0.5, next_obs, False, first=False)
+        add_random(rb, agent.sparsifiers["critic"].updates, terminated=False, first=False)
         metrics.append(torch.stack([*agent.train_step(rb).values()]))
     return metrics
 
@@ -187,7 +180,5 @@ def test_compiled_losses_train_as_eager_ones_do(monkeypatch, script, backend, to
                 values |= agent.update_encoder(rb_of_one)
             values |= agent.update_critic_and_actor(rb_of_one)
         assert len(graphs) == len(module.MODULES)  # one for each loss, and none anew for later updates
-        for name, value in metrics[0].items():
-            torch.testing.assert_close(metrics[1][name], value, **tolerance, msg=f"{k} {name}")
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], value, **tolerance, msg=name)
+        torch.testing.assert_close(metrics[1], metrics[0], **tolerance)
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), **tolerance)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FixedBatch
 
-from mst_mrsac import Actor, Agent, Args, Batch
+from mst_mrsac import Actor, Agent, Args, Batch, Critic
 
 
 def small_agent(**flags) -> Agent:
@@ -15,10 +15,11 @@ def small_agent(**flags) -> Agent:
     return Agent(args, 4, 2, torch.device("cpu"))
 
 
-def small_batch(reward: float = 1.0, terminated: float = 0.0) -> Batch:
+def update(agent: Agent, terminated: float = 0.0) -> dict[str, float]:
+    """On random windows with rewards of 1. Returns the metrics."""
     torch.manual_seed(0)
-    obs, action = torch.randn(8, 6, 4), torch.rand(8, 5, 2)
-    return Batch(obs, action, torch.full((8, 5), reward), torch.full((8, 5), terminated), torch.arange(8))
+    batch = Batch(torch.randn(8, 6, 4), torch.rand(8, 5, 2), torch.ones(8, 5), torch.full((8, 5), terminated), None)
+    return {name.split("/")[1]: x.item() for name, x in agent.update_critic_and_actor(FixedBatch(batch)).items()}
 
 
 @pytest.mark.parametrize(("mean", "raw"), [(0.0, 0.5), (0.7, 0.4), (-2.0, 0.6)])
@@ -42,33 +43,25 @@ def test_the_target_has_the_entropy_after_the_n_steps_in_units_of_the_scaled_rew
     agent.reward_scale.fill_(2.0)
     agent.critic_target.forward = lambda zsa: torch.tensor([[7.0, 5.0]]).expand(len(zsa), 2)
     agent.actor_target.sample = lambda zs, noise: (noise, torch.full((len(zs),), -4.0), noise)
-    agent.critic.forward = lambda zsa: zsa[:, :2] * 0 + sum(p.sum() * 0 for p in agent.critic.parameters())
-    n_step = 1 + 0.99 + 0.99**2
-    metrics = agent.update_critic_and_actor(FixedBatch(small_batch()))
+    agent.critic.forward = lambda zsa: 0 * Critic.forward(agent.critic, zsa)
     # the smaller of both heads, and minus 0.5 times the log-density -4 of the target policy's action
-    expected = (n_step + 0.99**3 * 5 * 3) / 2 + 0.99**3 * 0.5 * 4
-    assert metrics["losses/td_error"].item() == pytest.approx(expected, rel=1e-6)
-    metrics = agent.update_critic_and_actor(FixedBatch(small_batch(terminated=1.0)))
-    assert metrics["losses/td_error"].item() == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
+    expected = (1 + 0.99 + 0.99**2 + 0.99**3 * 5 * 3) / 2 + 0.99**3 * 0.5 * 4
+    assert update(agent)["td_error"] == pytest.approx(expected, rel=1e-6)
+    assert update(agent, terminated=1.0)["td_error"] == pytest.approx(1 / 2, rel=1e-6)  # the terminal reward alone
 
 
 def test_the_actor_maximises_entropy_and_the_mean_of_both_heads():
     agent = small_agent(initial_temperature=0.5)
-    zero = lambda zsa: 0 * (zsa.sum() + sum(p.sum() for p in agent.critic.parameters()))  # noqa: E731
-    agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]).expand(len(zsa), 2) + zero(zsa)
-    metrics = agent.update_critic_and_actor(FixedBatch(small_batch()))
-    expected = -0.5 * metrics["losses/entropy"] - 3  # and the pre-activation penalty, of weight 1e-5
-    assert metrics["losses/actor_loss"].item() == pytest.approx(expected.item(), abs=1e-3)
-    assert abs(metrics["losses/entropy"]) > 0.1
+    agent.critic.forward = lambda zsa: torch.tensor([[2.0, 4.0]]) + 0 * Critic.forward(agent.critic, zsa)
+    metrics = update(agent)  # the actor's loss has the pre-activation penalty as well, of weight 1e-5
+    assert metrics["actor_loss"] == pytest.approx(-0.5 * metrics["entropy"] - 3, abs=1e-3)
+    assert abs(metrics["entropy"]) > 0.1
 
 
-@pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
-def test_the_temperature_rises_while_the_entropy_is_below_its_target(target_entropy, direction):
-    agent = small_agent(target_entropy=target_entropy)
-    agent.update_critic_and_actor(FixedBatch(small_batch()))
-    # Adam's first step is the learning rate, whatever the gradient
-    assert (agent.log_temp - math.log(0.01)).item() == pytest.approx(direction * 1e-4, rel=1e-2)
-
-
-def test_the_target_entropy_is_half_the_action_dimensions_below_zero():
-    assert small_agent().target_entropy == -1.0  # -0.5 * 2
+def test_the_temperature_rises_while_the_entropy_is_below_its_target():
+    assert small_agent().target_entropy == -1.0  # -0.5 * 2 action dimensions
+    for target_entropy, direction in ((100.0, 1), (-100.0, -1)):
+        agent = small_agent(target_entropy=target_entropy)
+        update(agent)
+        # Adam's first step is the learning rate, whatever the gradient
+        assert (agent.log_temp - math.log(0.01)).item() == pytest.approx(direction * 1e-4, rel=1e-2)

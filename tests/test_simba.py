@@ -1,5 +1,7 @@
 """SAC and DDPG on SimBa against the numbers of the reference (`tests/oracles/`, float64), and what they leave open."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ import mst_sac
 CPU = torch.device("cpu")
 HUMANOID = (67, 21)
 SCRIPTS = {"sac": mst_sac, "ddpg": mst_ddpg}
-TEMPERATURE = {"initial_temperature": "temp_init", "temperature_lr": "temp_lr"}  # ours and the oracles'
+FLAGS = {name: name for name in ("gamma", "tau", "weight_decay")}  # ours and the oracles'
+FLAGS |= {"initial_temperature": "temp_init", "temperature_lr": "temp_lr"}
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)
 both_scripts = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 
 
@@ -22,21 +26,17 @@ class Oracle:
     def __init__(self, name: str):
         self.data = {key: torch.from_numpy(value) for key, value in np.load(ORACLES / f"{name}.npz").items()}
         self.algorithm, self.twin = name.split("_")[0], name.endswith("twin")
-        module = SCRIPTS[self.algorithm]
+        self.module = module = SCRIPTS[self.algorithm]
         meta = {name: value.item() for name, value in self.theirs("meta").items()}
         args = module.Args(
-            critic_regime="dense", actor_regime="dense", gamma=meta["gamma"], tau=meta["tau"],
-            critic_lr=meta["lr"], actor_lr=meta["lr"], weight_decay=meta["weight_decay"],
-            **{ours: meta[theirs] for ours, theirs in TEMPERATURE.items() if theirs in meta},
+            critic_regime="dense", actor_regime="dense", critic_lr=meta["lr"], actor_lr=meta["lr"],
+            **{ours: meta[theirs] for ours, theirs in FLAGS.items() if theirs in meta},
         )  # fmt: skip
         dims = meta["obs_dim"], meta["act_dim"]
-
-        def make_networks(args, obs_dim, action_dim):
-            critic = module.Critic(*dims, meta["critic_hidden"], meta["critic_blocks"], self.twin)
-            return critic, module.Actor(*dims, meta["actor_hidden"], meta["actor_blocks"])
-
         with pytest.MonkeyPatch.context() as patch, default_dtype(torch.float64):
-            patch.setattr(module, "make_networks", make_networks)
+            critic = module.Critic(*dims, meta["critic_hidden"], meta["critic_blocks"], self.twin)
+            networks = critic, module.Actor(*dims, meta["actor_hidden"], meta["actor_blocks"])
+            patch.setattr(module, "make_networks", lambda *_: networks)
             self.agent = agent = module.Agent(args, *dims, CPU)
         for name, theirs in self.theirs("init").items():
             self.ours()[name].data.copy_(theirs)
@@ -48,8 +48,7 @@ class Oracle:
         """Our parameters by the oracle's names."""
         modules = {"actor": self.agent.actor, "critic": self.agent.critic, "target": self.agent.critic_target}
         named = {f"{part}/{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
-        heads = {"q.0.": "q1/", "q.1.": "q2/"} if self.twin else {"q.0.": ""}
-        for ours, theirs in {**heads, "trunk.": ""}.items():
+        for ours, theirs in (("q.0.", "q1/" * self.twin), ("q.1.", "q2/"), ("trunk.", "")):
             named = {name.replace(ours, theirs): p for name, p in named.items()}
         return named | ({"log_temp": self.agent.log_temp} if self.algorithm == "sac" else {})
 
@@ -62,16 +61,12 @@ class Oracle:
         noise = iter([eps["actor"] * self.noise_std, eps["target"] * self.noise_std])
         self.agent.noise = lambda action: next(noise)
         batch |= {name: 2 * batch[name] + 3 for name in ("obs", "next_obs")}
-        return self.agent.update_critic_and_actor(FixedBatch(SCRIPTS[self.algorithm].Batch(**batch)))
+        return self.agent.update_critic_and_actor(FixedBatch(self.module.Batch(**batch)))
 
 
 @pytest.fixture(params=["sac_single", "sac_twin", "ddpg_single", "ddpg_twin"])
 def oracle(request):
     return Oracle(request.param)
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12, msg=lambda text: f"{name}: {text}")
 
 
 def test_q_values_actions_and_densities_are_those_of_the_reference(oracle):
@@ -85,19 +80,18 @@ def test_q_values_actions_and_densities_are_those_of_the_reference(oracle):
             if oracle.algorithm == "sac":
                 values["mean"], values["log_std"] = agent.actor(obs)
                 values["sample"], values["sample_log_prob"] = agent.actor.sample(obs, case["eps"])
-        for name, value in values.items():
-            assert_close(value, case[name], f"fwd{j}/{name}")
+        assert_close(values, {name: case[name] for name in values})
 
 
 def test_three_updates_give_the_infos_and_parameters_of_the_reference(oracle):
     for k in range(3):
-        for name, value in oracle.update(k).items():
-            name = name.split("/")[1].replace("grad_norm", "gnorm").replace("q_values", "q_mean")
-            if name != "td_error":  # which the reference does not give
-                assert_close(value, oracle.theirs(f"info{k}")[name], f"info{k}/{name}")
+        infos = {name.split("/")[1]: value for name, value in oracle.update(k).items()}
+        infos = {name.replace("grad_norm", "gnorm").replace("q_values", "q_mean"): x for name, x in infos.items()}
+        del infos["td_error"]  # which the reference does not give
+        assert_close(infos, {name: oracle.theirs(f"info{k}")[name] for name in infos})
         if k in (0, 2):
             # one update moves a parameter by 1e-4
-            torch.testing.assert_close(oracle.ours(), oracle.theirs(f"after{k + 1}"), rtol=0, atol=1e-10)
+            assert_close(oracle.ours(), oracle.theirs(f"after{k + 1}"), rtol=0, atol=1e-10)
 
 
 @both_scripts
@@ -107,9 +101,8 @@ def test_observations_are_normalised_as_in_the_reference(script):
     for n, obs in enumerate(data["obs"], start=1):
         normalizer.update(obs)
         if n in (1, 2, 50):
-            for name in ("mean", "var", "count"):
-                assert_close(getattr(normalizer, name), data[f"after{n}/{name}"], f"after{n}/{name}")
-            assert_close(normalizer(data["probe"]), data[f"after{n}/probe_normalized"], f"probe after {n}")
+            ours = normalizer.state_dict() | {"probe_normalized": normalizer(data["probe"])}
+            assert_close(ours, {name: data[f"after{n}/{name}"] for name in ours})
     assert normalizer(obs.float()).dtype == torch.float32  # what the networks take
 
 
@@ -138,7 +131,7 @@ def test_weights_start_orthogonal_outside_the_blocks_and_as_truncated_he_normal_
             assert 0.99 < weight.abs().max() / (2 * std / 0.87962566) <= 1 + 1e-6  # cut at 2 sigma before
         else:
             gram = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
-            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+            assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
 
 
 def test_the_density_is_finite_where_the_tanh_saturates_in_float32():
@@ -188,26 +181,22 @@ def test_sac_executes_samples_of_its_policy_and_ddpg_its_action_with_noise_of_st
         assert (x - torch.from_numpy(agent.act(obs.numpy()))).std().item() == pytest.approx(0.1, rel=0.05)
         return
     mean, log_std = (value[0].detach() for value in agent.actor(obs))
-    torch.testing.assert_close(x.atanh().std(0), log_std.exp(), rtol=0.05, atol=0)
-    torch.testing.assert_close(x.atanh().mean(0), mean, rtol=0, atol=0.05)
+    assert_close(x.atanh().std(0), log_std.exp(), rtol=0.05, atol=0)
+    assert_close(x.atanh().mean(0), mean, rtol=0, atol=0.05)
 
 
 # (L / 5 - 1) / (L / 5) within 0.95 and 0.995 for L agent steps
 @both_scripts
-@pytest.mark.parametrize(
-    ("arguments", "gamma", "twin"),
-    [
-        ({"env_id": "humanoid-run", "max_episode_steps": 500}, 0.99, False),
-        ({"env_id": "humanoid-run", "max_episode_steps": 50}, 0.95, False),
-        ({"env_id": "Hopper-v5", "max_episode_steps": 2000}, 0.995, True),
-        ({"env_id": "Hopper-v5", "gamma": 0.9, "clipped_double_q": False}, 0.9, False),
-    ],
-)
-def test_schedules_discount_and_critics_follow_the_run_unless_given(script, arguments, gamma, twin):
-    agent = script.Agent(script.Args(width_scale=0.03, **arguments), 5, 2, CPU)
-    assert agent.args.gamma == pytest.approx(gamma)
-    assert len(agent.critic.q) == 1 + twin
-    assert [s.total_updates for s in agent.sparsifiers.values()] == [990_002] * 2  # of the specification
+def test_schedules_discount_and_critics_follow_the_run_unless_given(script):
+    for flags, gamma, critics in (
+        ({"env_id": "humanoid-run", "max_episode_steps": 500}, 0.99, 1),
+        ({"env_id": "humanoid-run", "max_episode_steps": 50}, 0.95, 1),
+        ({"env_id": "Hopper-v5", "max_episode_steps": 2000}, 0.995, 2),
+        ({"env_id": "Hopper-v5", "gamma": 0.9, "clipped_double_q": False}, 0.9, 1),
+    ):
+        agent = script.Agent(script.Args(width_scale=0.03, **flags), 5, 2, CPU)
+        assert (agent.args.gamma, len(agent.critic.q)) == (pytest.approx(gamma), critics)
+        assert [s.total_updates for s in agent.sparsifiers.values()] == [990_002] * 2  # of the specification
 
 
 @both_scripts
@@ -216,10 +205,10 @@ def test_diagnostics_read_the_inputs_of_the_heads_and_the_hidden_units_of_the_bl
     metrics = script.diagnose(agent, rb, seed=0)
     assert metrics["plasticity/critic_dormant_ratio"] < 0.1
     # a LayerNorm's output has norm sqrt(width), here of two critics side by side
-    width = 2 * agent.critic.q[0].value.in_features
-    assert metrics["plasticity/critic_feature_norm"] == pytest.approx(width**0.5, rel=1e-3)
+    width = agent.critic.q[0].value.in_features
+    assert metrics["plasticity/critic_feature_norm"] == pytest.approx((2 * width) ** 0.5, rel=1e-3)
     for block in agent.critic.q[0].trunk.blocks:
-        torch.nn.init.constant_(block.linear1.bias, -100)
+        block.linear1.bias.data.fill_(-100)
     after = script.diagnose(agent, rb, seed=0)
     assert after["plasticity/critic_dormant_ratio"] == pytest.approx(0.5, abs=0.05)  # of one critic in two
     assert {k: v for k, v in after.items() if "actor" in k} == {k: v for k, v in metrics.items() if "actor" in k}
