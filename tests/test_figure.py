@@ -144,7 +144,8 @@ def test_a_regime_looks_the_same_in_curves_and_figures(runs, once):
 
 def test_a_table_of_cost_has_hours_parameters_and_operations(runs):
     row = costs(declared("fig14", runs, seeds=2)[0]).iloc[0, 1:]
-    assert row.to_dict() == pytest.approx(dict(n=2, hours=1 / 18, parameters=36, active=14.4, operations=28.8))
+    expected = {"hours": 1 / 18, "parameters": 36, "active": 14.4, "n": 2, "operations": 28.8}
+    assert row.to_dict() == pytest.approx(expected)
 
 
 def test_files_are_written_for_print_and_for_both_themes_of_github(tmp_path, capsys):
