@@ -150,6 +150,7 @@ def test_a_page_gets_its_tables_and_a_stale_one_is_named(tmp_path, capsys, monke
 def test_the_notebook_is_stored_with_what_code_and_results_give_now(monkeypatch):
     path = ROOT / "analysis/notebooks/runs.ipynb"
     notebook = nbformat.read(path, as_version=4)
+    assert not any("results" in cell.source and "python -m experiments" in cell.source for cell in notebook.cells)
 
     def outputs() -> list[str]:
         """What each cell printed, with "picture" for what it drew."""
