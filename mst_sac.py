@@ -1,13 +1,13 @@
-"""SAC with Module-Specific Training (MST) on DeepMind Control and Gymnasium, in one file beside `sparse_utils.py`.
+"""SAC with Module-Specific Training (MST) on DeepMind Control and Gymnasium.
 
-    python mst_sac.py --env humanoid-run --width-scale 4 --depth-scale 3      # the paper's MST at 207M parameters
-    python mst_sac.py --env humanoid-run --critic-regime dense --actor-regime dense    # the original SAC on SimBa
-    python play.py runs/humanoid-run__mst_sac__1 --video                      # play a trained agent
+    python mst_sac.py --env humanoid-run --width-scale 4 --depth-scale 3  # the paper's MST, 207M
+    python mst_sac.py --env humanoid-run --critic-regime dense --actor-regime dense  # without MST
+    python play.py runs/humanoid-run__mst_sac__1 --video                  # play a trained agent
 
-Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv
-2510.12096, section 4, Figs. 13 and 14): SAC (arXiv 1812.05905) on the networks of SimBa (arXiv 2410.09754), critic
-dynamic sparse, actor static sparse. The same command goes on with a run that was stopped or killed. Exit codes: 0
-finished, 75 stopped by a signal, 2 wrong flags, 1 other failure.
+Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement
+Learning" (arXiv 2510.12096, Figs. 13, 14): SAC (arXiv 1812.05905) on the networks of SimBa (arXiv
+2410.09754), critic dynamic sparse, actor static sparse. The same command resumes a stopped run.
+Exit codes: 0 finished, 75 stopped by a signal, 2 wrong flags, 1 other failure.
 """
 
 import copy
@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -525,21 +524,21 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
     except OSError:  # a file system without locks
         pass
     if not config.exists():
-        git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40"], Path(__file__).resolve().parent
-        found = shutil.which("git") and subprocess.run(git, cwd=here, capture_output=True, text=True, check=False)
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+        commit = subprocess.run(git, cwd=here, shell=True, capture_output=True, text=True, check=False).stdout.strip()
         versions = {x.name: x.version for x in distributions()} | {"python": sys.version}
-        origin = {"command": sys.argv, "versions": versions, "git_commit": found.stdout.strip() if found else None}
-        write(config, json.dumps({"script": Path(__file__).stem, "args": now, "modules": modules, **origin}, indent=2))
+        content = {"script": Path(__file__).stem, "args": now, "modules": modules, "command": sys.argv}
+        write(config, json.dumps(content | {"versions": versions, "git_commit": commit or None}, indent=2))
     return run_dir
 
 
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # else tyro joins its lines
     for name, value in vars(args).items():
         low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
         high = 1 if re.search("gamma|tau|fraction|schedule", name) else 0.999 if "sparsity" in name else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
-            fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}")
+            fail(f"--{name.replace('_', '-')} {value}: write a number from {low} {f'to {high}' if high < 9 else 'up'}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a GPU that torch sees: train with --no-cuda")
     if args.track and not importlib.util.find_spec("wandb"):

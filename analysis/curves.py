@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     table = ends(values(runs, args.metric)[0], args.statistic)
-    draw.tell(*problems, *more, table.round(3).to_string(index=False), f"wrote {files}")
+    draw.tell(*problems, *more, table.round(3).to_string(index=False, na_rep="-"), f"wrote {files}")
     return 0
 
 

@@ -176,11 +176,8 @@ def iqm(x: np.ndarray) -> np.ndarray:
     return stats.trim_mean(x, 0.25, axis=-1)
 
 
-STATISTICS = {
-    "iqm": iqm,
-    "mean": functools.partial(np.mean, axis=-1),
-    "spread": functools.partial(np.std, axis=-1, ddof=1),
-}
+mean, spread = functools.partial(np.mean, axis=-1), functools.partial(np.std, axis=-1, ddof=1)
+STATISTICS = {"iqm": iqm, "mean": mean, "spread": spread}
 
 
 def in_words(metric: str) -> str:

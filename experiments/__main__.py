@@ -138,7 +138,7 @@ def print_status(sources: list[Path], todo: bool) -> None:
             print(line or f"# {state}: {run}")
     counts = Counter(re.sub(" to .*", " in part", state) for state, *_ in states)
     total = (f"{count} {state}" for state, count in counts.items())
-    print(f"{len(states)} runs:", ", ".join(total), file=sys.stderr if todo else sys.stdout)
+    print(f"{len(states)} run{'s' * (len(states) != 1)}:", ", ".join(total), file=sys.stderr if todo else sys.stdout)
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,7 @@ TINY = shlex.split(
     "--checkpoint-minutes 0.5 --log-interval 10 --topology-update-interval 20"
 )
 RUN = "runs/cartpole-swingup__{}__1"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*SCRIPTS, "dm_control.suite", "gymnasium.envs.mujoco", "torch._dynamo"])

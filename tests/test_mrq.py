@@ -80,6 +80,15 @@ def test_two_hot_rewards_are_those_of_the_reference(oracle):
     assert_close(ours, tuple(oracle[f"twohot/{name}"] for name in ("bins", "encoded", "cross_entropy")))
 
 
+def test_rewards_beyond_the_bins_are_in_the_outermost_one():
+    x = torch.tensor([-1e9, -22_000, 22_000, 1e9])  # the last two bins: exp(9.6875) - 1 and exp(10) - 1
+    share = (22_000 - 16_113.9) / (22_025.5 - 16_113.9)
+    expected = torch.tensor([[1, 0, 0, 0], [share, 1 - share, 0, 0], [0, 0, 1 - share, share], [0, 0, 0, 1]])
+    encoded = mst_mrq.TwoHot().encode(x)
+    torch.testing.assert_close(encoded[:, [0, 1, -2, -1]], expected, rtol=0, atol=1e-3)
+    assert encoded.sum(1).tolist() == pytest.approx([1] * 4)
+
+
 # the paper's "2/37/154M, 3/33/139M, 1.3/16/69M" (Figs. 4, 6 and 9), exact values of the specification, on humanoid
 @pytest.mark.parametrize(
     ("scale", "encoder", "predictor", "critic", "actor"),
@@ -161,6 +170,7 @@ def test_the_last_starts_are_sampled_after_a_termination_and_never_after_a_trunc
         add_episode(rb, [0] * 7, terminates)
         add_episode(rb, [0])  # changes none of them
         assert rb.priority.nonzero()[:, 0].tolist() == expected
+        assert rb.any_terminated == terminates
 
 
 def test_overwriting_a_slot_takes_its_start_and_termination_away():
@@ -252,9 +262,9 @@ def test_targets_and_reward_scales_are_copied_together():
     assert not all(copied())
     for rewards, scales in (((1, -2, 3, 0, 4), (1, 2)), ((0, 0, 0, 0, 1), (2, 0.2))):  # mean |reward|; 1 before
         rb = empty(100, 5)
-        add_episode(rb, rewards)
+        add_episode(rb, rewards, terminates=scales[0] == 2)
         agent.update_targets(rb)
-        assert all(copied())
+        assert all(copied()) and agent.termination_seen == (scales[0] == 2)
         assert (agent.target_reward_scale.item(), agent.reward_scale.item()) == pytest.approx(scales)
 
 
@@ -279,4 +289,6 @@ def test_diagnostics_read_the_features_of_each_module():
     assert after["plasticity/critic_dormant_ratio"] == pytest.approx(0.5, abs=0.1)  # one of two heads is dead
     assert after["plasticity/critic_srank"] < metrics["plasticity/critic_srank"]
     assert {k for k in metrics if after[k] != metrics[k]} == {k for k in metrics if "critic" in k}
-    assert 1 <= metrics["plasticity/encoder_srank"] <= 31  # zsa has round(0.06 * 512) = 31 dimensions
+    assert 1 < metrics["plasticity/encoder_srank"] <= 31  # zsa has round(0.06 * 512) = 31 dimensions
+    agent.encoder.zsa_mlp.output.weight.data.zero_()
+    assert diagnose(agent, rb, seed=0)["plasticity/encoder_srank"] <= 1  # every zsa is the same

@@ -202,6 +202,7 @@ def test_resuming_from_a_saved_state_continues_bit_for_bit(regime, growth, optim
     file.seek(0)
     for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
+    assert resumed[2].check_due  # are module and optimizer loaded as well?
     torch.manual_seed(1)
     random_steps(resumed[2], 20)
     same([resumed[0].state_dict(), resumed[2].masks], [saved[0].state_dict(), saved[2].masks])
@@ -381,6 +382,13 @@ def test_a_layer_that_a_step_does_not_train_is_left_alone(growth, gradient):
     sparsifier.step()
     changed = [name for name, mask in sparsifier.masks.items() if not torch.equal(mask, before[name])]
     assert (changed, torch.equal(net[3].weight, weight)) == (["0.weight"], True)
+
+
+def test_set_needs_no_gradient():
+    _, _, sparsifier = sparse_run(growth="set", update_interval=1)
+    before = copy.deepcopy(sparsifier.masks)
+    sparsifier.step()
+    assert [torch.equal(mask, before[name]) for name, mask in sparsifier.masks.items()] == [False, False, True]  # dense
 
 
 def test_a_large_gradient_is_masked_to_its_last_row_and_inf_outside_stays_visible_as_nan():
