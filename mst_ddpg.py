@@ -504,7 +504,7 @@ def main() -> int:
         low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
         high = 1 if re.search("gamma|tau|fraction|schedule", name) else 0.999 if "sparsity" in name else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
-            fail(f"--{name.replace('_', '-')} {value}: write a number from {low} {f'to {high}' if high < 9 else 'up'}")
+            fail(f"--{name.replace('_', '-')} {value}: write a number from {low} to {high}".replace(" to inf", " up"))
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda needs a GPU that torch sees: train with --no-cuda")
     if args.track and not importlib.util.find_spec("wandb"):

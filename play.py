@@ -2,7 +2,7 @@
 
     python play.py runs/humanoid-run__mst_sac__1 --episodes 10 --video
 
-Reads `agent.pt`, or the `checkpoint.pt` of a run that trains. A video needs OpenGL: EGL, or what MUJOCO_GL names.
+Plays `agent.pt`, or the `checkpoint.pt` of a run that trains. A video needs EGL (see MUJOCO_GL).
 """
 
 import json

@@ -1,11 +1,12 @@
 """Learning curves of any runs: a panel per environment, a line per experiment name.
 
-    python -m analysis.curves runs                                            # every run in a folder
-    python -m analysis.curves runs/*__small-sac-* --metric plasticity/critic_dormant_ratio --out figures/dormant
+    python -m analysis.curves runs                                # every run in a folder
+    python -m analysis.curves runs/*__small-sac-* --metric plasticity/critic_dormant_ratio
     python -m analysis.curves runs/cartpole-swingup__* --github --out figures/cartpole
 
-A line is the interquartile mean over the seeds. It prints a table of final values and what is missing or left out, and
-writes a PNG, a PDF and a CSV of what is drawn. Exit codes: 0 drawn, 2 no such runs or wrong usage.
+A line is the interquartile mean over the seeds. It prints a table of final values and what is
+missing or left out, and writes a PNG, a PDF and a CSV of what is drawn. Exit codes: 0 drawn, 2 no
+such runs or wrong usage.
 """
 
 import os

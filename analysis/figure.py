@@ -4,8 +4,8 @@
     python -m analysis.figure fig14 --size small --runs results/small/runs
     python -m analysis.figure all --size toy
 
-Writes fig06.png, .pdf, .csv (exactly what is drawn), .txt (what is missing, verdicts on the paper's claims) and
-fig06-cost.csv. Exit codes: 0 drawn, 2 nothing to draw or wrong usage.
+Writes fig06.png, .pdf, .csv (exactly what is drawn), .txt (what is missing, verdicts on claims)
+and fig06-cost.csv. Exit codes: 0 drawn, 2 nothing to draw or wrong usage.
 """
 
 import sys

@@ -1,10 +1,11 @@
 """Tables in Markdown from runs, so that no number in a page is copied by hand.
 
-    python -m analysis.tables cells fig14 small results/small/runs     # or seeds, verdicts; calibration FOLDER
-    python -m analysis.tables --fill docs/evidence.md                  # writes the tables between its markers
+    python -m analysis.tables cells fig14 small results/small/runs  # or seeds, verdicts
+    python -m analysis.tables calibration results/calibration
+    python -m analysis.tables --fill docs/evidence.md               # writes the tables of a page
 
-A page holds a table between two lines: <!-- table: cells fig14 small results/small/runs --> and <!-- end -->. The words
-are those of the command line, from the repository's folder. Exit codes: 0, 2 wrong usage.
+A page holds a table between <!-- table: cells fig14 small results/small/runs --> and <!-- end -->.
+The words are those of the command line, from the repository's folder. Exit codes: 0, 2 wrong usage.
 """
 
 import argparse

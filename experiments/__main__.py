@@ -1,10 +1,10 @@
 """The figures of the paper as commands, and the state of runs.
 
 python -m experiments list
-python -m experiments commands fig06 >fig06.txt               # one command a line, for experiments/run.sh
-python -m experiments commands fig14 --small -- --no-cuda     # what follows -- is added to each command
-python -m experiments status fig06.txt                        # or of the runs in a folder: status runs
-python -m experiments status --todo fig06.txt >todo.txt       # the commands that are neither finished nor running
+python -m experiments commands fig06 >fig06.txt            # one a line, for experiments/run.sh
+python -m experiments commands fig14 --small -- --no-cuda  # adds what follows -- to each command
+python -m experiments status fig06.txt                     # or of the runs in a folder: status runs
+python -m experiments status --todo fig06.txt >todo.txt    # what neither is finished nor runs
 """
 
 import argparse

@@ -271,7 +271,7 @@ def test_directory_and_id_have_no_character_that_a_file_system_or_wandb_refuses(
 
 
 REFUSED = {  # and words of the one line
-    "--total-timesteps 0": "--total-timesteps 0: write a number from 1",
+    "--total-timesteps 0": "--total-timesteps 0: write a number from 1 up\n",
     "--eval-interval 0": "--eval-interval 0",
     "--max-episode-steps 0": "--max-episode-steps 0",
     "--gamma -1": "--gamma -1.0: write a number from 0 to 1",
