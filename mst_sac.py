@@ -534,7 +534,7 @@ def open_run(args: Args, modules: dict[str, dict[str, int]]) -> Path:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # else tyro joins its lines
-    for name, value in vars(args).items():
+    for name, value in vars(args).items():  # whole numbers from 1, others from 0, shares up to 1
         low = 0.001 if name.endswith(("scale", "temperature")) else int(type(value) is int and name != "seed")
         high = 1 if re.search("gamma|tau|fraction|schedule", name) else 0.999 if "sparsity" in name else math.inf
         if type(value) in (int, float) and not low <= value <= high and name != "target_entropy":
