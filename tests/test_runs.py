@@ -351,10 +351,7 @@ def has_a_wrong_size(module):
         block(self, hidden_dim), setattr(self, "linear2", torch.nn.Linear(1, 1)))[0]  # fmt: skip
 
 
-MISTAKES = [(opens_a_missing_file, "weights of mine"), (has_a_wrong_size, "mat1 and mat2")]
-
-
-@pytest.mark.parametrize(("mistake", "words"), MISTAKES)
+@pytest.mark.parametrize(("mistake", "words"), [(opens_a_missing_file, "weights of mine"), (has_a_wrong_size, "mat1")])
 def test_a_mistake_in_a_copied_script_keeps_its_traceback(script, tmp_path, mistake, words):
     ended = life(script, cwd=tmp_path, hook=mistake)
     assert ended.code == 1
@@ -425,15 +422,19 @@ def test_play_films_an_episode_or_says_that_there_is_no_run(finished, tmp_path):
     assert "name the folder of a run" in child.stderr
 
 
-def test_a_repository_in_a_folder_with_a_quote_and_a_machine_without_git_are_fine(script, tmp_path):
-    copy = tmp_path / "it's; touch owned"
+def test_the_commit_is_found_in_a_folder_whose_name_is_shell_code_and_git_may_be_missing(script, tmp_path):
+    copy = tmp_path / "$(touch owned)'; touch owned; '"
     copy.mkdir()
     for name in (f"{script}.py", "sparse_utils.py"):
         shutil.copy(ROOT / name, copy)
-    for path, flags in ((os.environ["PATH"], []), ("/nowhere", ["--exp-name", "b"])):
-        line = [sys.executable, copy / f"{script}.py", *arguments(script, ("--total-timesteps", "1", *flags))]
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=copy, check=True)
+    for path, length in ((os.environ["PATH"], 40), ("/nowhere", 0)):
+        flags = arguments(script, ("--total-timesteps", "1", "--exp-name", f"{length}"))
         environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": "", "PATH": path}
-        child = subprocess.run(line, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+        line, how = [sys.executable, copy / f"{script}.py", *flags], {"capture_output": True, "text": True}
+        child = subprocess.run(line, cwd=tmp_path, env=environ, timeout=120, **how)
         assert (child.returncode, child.stderr.count("\n")) == (0, 1)  # the warning that nothing is trained
-        assert "nothing will be trained" in child.stderr
+        config = json.loads((tmp_path / f"runs/cartpole-swingup__{length}__1/config.json").read_text())
+        assert len(config["git_commit"] or "") == length
     assert not list(tmp_path.rglob("owned"))
