@@ -1,7 +1,7 @@
 """DDPG with Module-Specific Training (MST) on DeepMind Control and Gymnasium.
 
     python mst_ddpg.py --env humanoid-run --width-scale 4 --depth-scale 3  # MST, 4x wide, 3x deep
-    python mst_ddpg.py --env humanoid-run --critic-regime dense --actor-regime dense  # without MST
+    python mst_ddpg.py --env dog-run --critic-regime dense --actor-regime dense    # without MST
     python play.py runs/humanoid-run__mst_ddpg__1 --video                  # play a trained agent
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement

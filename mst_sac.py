@@ -1,7 +1,7 @@
 """SAC with Module-Specific Training (MST) on DeepMind Control and Gymnasium.
 
     python mst_sac.py --env humanoid-run --width-scale 4 --depth-scale 3  # the paper's MST, 207M
-    python mst_sac.py --env humanoid-run --critic-regime dense --actor-regime dense  # without MST
+    python mst_sac.py --env dog-run --critic-regime dense --actor-regime dense    # without MST
     python play.py runs/humanoid-run__mst_sac__1 --video                  # play a trained agent
 
 Implements "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement

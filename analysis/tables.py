@@ -88,7 +88,7 @@ KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts, "calibration": ca
 def table(words: str) -> str:
     """The table that these words name, in Markdown."""
     kind, *rest = words.split()
-    if kind not in KINDS:
+    if kind not in KINDS or len(rest) != (1 if kind == "calibration" else 3):
         raise ValueError(f"no table {words!r}: write {', '.join(KINDS)}, and what --help says")
     rows = KINDS[kind](*rest).fillna("-").astype(str)
     lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
@@ -114,8 +114,8 @@ def main(argv: list[str]) -> int:
             path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         if not args.fill:
             tell(table(" ".join(args.words)))
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, KeyError) as error:
+        parser.error(f"{error}, in the words of a table" if isinstance(error, KeyError) else str(error))
     return 0
 
 

@@ -98,8 +98,8 @@ def run_of(line: str) -> Path:
 
 def state_of(run: Path, line: str) -> tuple[str, str]:
     """The state of a run, and more about it: its last return and its time, or how its log ends."""
-    name = re.sub(rb"[^a-zA-Z0-9._=+-]", b"-", line.rpartition("# ")[2].encode())[-200:].decode()  # as in run.sh
-    log, step, more = Path("logs", f"{name}.log"), None, ""
+    name = re.sub(rb"[^a-zA-Z0-9._=+-]", b"-", line.rpartition("# ")[2].encode()).decode()  # as in run.sh
+    log, step, more = Path("logs", re.sub("(.{120}).+(.{120})", r"\1-\2", name) + ".log"), None, ""
     try:
         if (run / "eval.csv").exists():
             total = json.loads((run / "config.json").read_text())["args"]["total_timesteps"]

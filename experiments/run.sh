@@ -53,7 +53,7 @@ pid=() log=() running=0 told= again= failed= wrong=
 start() { # a command, in the first free slot
     local slot=0
     while [[ ${pid[slot]-} ]]; do slot=$((slot + 1)); done
-    log[slot]=logs/$(LC_ALL=C tr -c '[:alnum:]._=+\n-' - <<<"${1##*# }" | tail -c 201).log
+    log[slot]=logs/$(LC_ALL=C tr -c '[:alnum:]._=+\n-' - <<<"${1##*# }" | sed -E 's/^(.{120}).+(.{120})$/\1-\2/').log
     echo "start: ${log[slot]}"
     (
         ((${#gpus[@]})) && export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}

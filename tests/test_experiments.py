@@ -151,11 +151,13 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 def test_a_failure_stops_no_other_and_status_tells_how_it_ended(start, capsys):
     lines = ["", "# c", "t --env a --seed 1 --code 3 # ä/b\r", " OMP_NUM_THREADS=7 t --seed 2", "t --code 75 --seed 3"]
+    lines += [f"t --seed {seed} --env a --code 1 " + 120 * "--x y " for seed in (4, 5)]  # too long for a file name
     code, out = end(start(*lines, jobs=2))
-    assert (code, out.count("exit code 0"), out.count("gpu None threads")) == (75, 1, 1)  # the end of the failed log
+    assert (code, out.count("exit code 0"), out.count("gpu None threads")) == (75, 1, 3)  # the end of each failed log
     assert "threads 7" in Path("logs/OMP_NUM_THREADS=7-t---seed-2.log").read_text()
     main(["status", "a file"])
-    assert re.findall("failed .* (exit code .*): gpu", capsys.readouterr().out) == ["exit code 3, see logs/---b.log"]
+    logs = re.findall("failed .* (exit code .*): gpu", capsys.readouterr().out)
+    assert logs[0] == "exit code 3, see logs/---b.log" and len(set(logs)) == 3
 
 
 BAD = [{"jobs": jobs} for jobs in ("0", "", "a", "-1", "1.5", "1000", "08", "2 x")]
