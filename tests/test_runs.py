@@ -115,7 +115,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(script, reference, run
         ("Path.replace", 3, 0, 0),  # the evaluation at 0 is in metrics.csv, but not in eval.csv
         ("Agent.optimize", 31, 30, 1),  # in an update
         ("os.fsync", 4, 56, 2),  # eval.csv has the evaluation at 50, a checkpoint after it is half written
-        ("Path.replace", 6, 109, 3),  # agent.pt is written, but not renamed: the run is not finished
+        ("torch.save", 3, 109, 3),  # agent.pt is not there yet, so neither is the last evaluation
         ("Path.unlink", 1, 109, 4),  # agent.pt and all of eval.csv are there, and so is the checkpoint still
     ]
     for death, (name, call, step, rows) in enumerate(deaths):
