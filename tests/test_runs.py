@@ -65,7 +65,7 @@ def test_a_run_leaves_logs_arguments_versions_weights_and_masks_but_no_checkpoin
     tags = set(board.Tags()["scalars"]) - {"charts/SPS"}
     assert logged == {tag: [x.step for x in board.Scalars(tag)] for tag in tags}
     config, saved = json.loads((reference / "config.json").read_text()), torch.load(reference / "agent.pt")
-    assert (config["script"], config["versions"]["torch"][:4]) == (script, torch.__version__[:4])  # "2.13", "+cpu" or not
+    assert (config["script"], config["versions"]["torch"][:4]) == (script, torch.__version__[:4])  # "2.13"
     zeros = sum(int((~mask).sum()) for mask in saved["masks"]["critic"].values())
     size = sum(x.numel() for name, x in saved["agent"].items() if name.startswith("critic."))
     assert config["modules"]["critic"] == {"parameters": size, "active_parameters": size - zeros}
