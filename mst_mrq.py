@@ -575,10 +575,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def say(line: str) -> None:
     """Print at once. Where nobody reads any more (a closed terminal, pipe or stdout), the run goes on in silence."""
-    try:
-        print(line, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")
+    for name, text in (("stderr", ""), ("stdout", f"{line}\n")):  # what tqdm left in stderr must not fail at the exit
+        try:
+            print(text, end="", file=getattr(sys, name), flush=True)
+        except (OSError, ValueError):
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 class DMControl(gym.Env):
@@ -836,8 +837,7 @@ def main() -> int:
                 run.scalars |= {name: value.item() for name, value in run.losses.items()}
                 run.scalars["charts/SPS"] = (run.step - trained[0]) / (time.monotonic() - trained[1])
         bar.update()
-    writer.close()
-    for each in (env, *envs):
+    for each in (writer, bar, env, *envs):
         each.close()
     if not finished:
         say(f"stopped at agent step {run.step:,}; start the same command again to go on")
