@@ -603,7 +603,7 @@ def main() -> int:
                 break
             write(run_dir / "eval.csv", run.eval_csv)
         action = agent.explore(obs, run.step < args.learning_starts, exploration)
-        if not np.isfinite(action).all():  # as soon as a loss was not
+        if not np.isfinite(action).all():
             sys.exit(f"error: the actor's action at agent step {run.step} is {action}; a lower learning rate may help")
         next_obs, reward, terminated, truncated, info = env.step(action)
         if not math.isfinite(reward):
@@ -623,6 +623,8 @@ def main() -> int:
             if run.step % args.log_interval == 0:
                 run.scalars |= {name: value.item() for name, value in run.losses.items()}
                 run.scalars["charts/SPS"] = (run.step - trained[0]) / (time.monotonic() - trained[1])
+                if not all(map(math.isfinite, run.scalars.values())):
+                    sys.exit(f"error: not finite at agent step {run.step} (lower the learning rate?): {run.scalars}")
         bar.update()
     for each in (writer, bar, env, *envs):
         each.close()

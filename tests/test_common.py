@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT, SCRIPTS, all_scripts
 
-LINES = {"mst_ddpg": 642, "mst_sac": 676, "mst_mrq": 855, "mst_mrsac": 880, "sparse_utils": 620, "play": 60}
+LINES = {"mst_ddpg": 644, "mst_sac": 678, "mst_mrq": 857, "mst_mrsac": 882, "sparse_utils": 620, "play": 60}
 FOLDERS = {"experiments": 520, "analysis": 950, "benchmarks": 330, "tests": 3360}
 ALGORITHM_ENDS = {"mst_ddpg": 400, "mst_sac": 400, "mst_mrq": 590, "mst_mrsac": 590}
 OPERATIONS = "# OPERATIONS: the same in all scripts"

@@ -370,8 +370,8 @@ def test_another_activation_ends_with_the_place_to_change(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--encoder-lr 1e20", "--critic-lr 1e20 --critic-arch 1"])
-def test_losses_that_are_not_finite_end_the_run_at_the_next_action(script, run_dir, tmp_path, flags):
-    assert_one_error(life(script, *flags.split(), cwd=tmp_path), 1, "action", "nan", "agent step 40", "learning rate")
+def test_losses_that_are_not_finite_end_the_run_in_a_line_that_names_them(script, run_dir, tmp_path, flags):
+    assert_one_error(life(script, *flags.split(), cwd=tmp_path), 1, "losses/", "nan", "agent step 40", "learning rate")
     assert checkpoint_step(run_dir) == 30
 
 
