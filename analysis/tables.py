@@ -52,6 +52,9 @@ def cells(name: str, size: str, folder: str) -> pd.DataFrame:
     rows["n"] = found["n"].astype(str)
     rows["mean"] = means["value"].map(short)
     rows["IQM [95% interval]"] = found.apply(interval, axis=1)
+    if name in claims.SINCE:  # where the outcome is not the last return
+        last = estimates(claims.outcome("", table), ["cell"]).set_index("cell")
+        rows["IQM of the last return"] = last.apply(interval, axis=1)
     for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
         logged = final(values(table[table["state"] == "complete"], tag)[0])
         if len(logged):
