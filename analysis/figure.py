@@ -162,9 +162,8 @@ def main(argv: list[str]) -> int:
             form, out = FORMS.get(name, OTHER), args.out / f"{name}{suffix}"
             form = form._replace(measures=tuple(args.measure) or form.measures)
             title = FIGURES[name].title.format(env=", ".join(table["env"].unique())) + of_size + ". "
-            how = {"statistic": args.statistic, "published": args.published, "labels": dict(args.label)}
-            found, picture, caption, lacks = drawing(table, form, title, **how)
-            files = draw.save(out, found, args, picture)
+            found, paint, caption, lacks = drawing(table, form, title, args.statistic, args.published, dict(args.label))
+            files = draw.save(out, found, args, paint)
             costs(table.drop_duplicates("path")).to_csv(f"{out}-cost.csv", index=False)
             text = [caption, *problems, *more, *lacks, sentences(verdicts(name, runs, *choice))]
             Path(f"{out}.txt").write_text("\n".join(filter(None, text)) + "\n", encoding="utf-8")

@@ -22,8 +22,6 @@ from analysis.looks import look
 from analysis.runs import STATISTICS, estimates, final, in_words, load, values
 from experiments.figures import MODULES
 
-loaded = functools.cache(lambda folder: load(folder)[0])
-
 
 def short(x: float) -> str:
     return "-" if pd.isna(x) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
@@ -33,33 +31,35 @@ def interval(row: pd.Series) -> str:
     return f"{short(row['value'])} [{short(row['low'])}, {short(row['high'])}]"
 
 
+@functools.cache
 def of_figure(name: str, size: str, folder: str) -> pd.DataFrame:
-    """A row per declared run: its outcome as `value`, and its `cell` in words."""
-    form = figure.FORMS.get(name, figure.OTHER)
-    table = figure.described(name, loaded(folder), size)[0].drop_duplicates(["env", "exp_name", "seed"])
+    """A row per declared run: its outcome as `value`, and its `cell` in words. Problems go to stderr."""
+    form, (runs, problems) = figure.FORMS.get(name, figure.OTHER), load(folder)
+    table, more = figure.described(name, runs, size)
+    sys.stderr.writelines(f"{problem}\n" for problem in problems + more)
+    if table["value"].isna().all():
+        raise ValueError(f"no complete run of {name} at {size} size in {folder}")
     words = table[form.series].astype(str).map(lambda x: look(x, [x]).label)
     if form.col not in ("", "env"):
         words += ", " + table[form.col].map(lambda x: figure.heading(form, x).replace("\n", ": "))
     if form.point:
         words += ", " + form.point.replace("_", " ").replace("arch", "type") + " " + table[form.point].astype(str)
-    return table.assign(cell=words)
+    return table.assign(cell=words).drop_duplicates(["env", "exp_name", "seed"])
 
 
 def cells(name: str, size: str, folder: str) -> pd.DataFrame:
     table = of_figure(name, size, folder)
     found, means = (estimates(table, ["cell"], STATISTICS[x]).set_index("cell") for x in ("iqm", "mean"))
-    rows = pd.DataFrame({"cell": table["cell"].unique()}).set_index("cell")
-    rows["n"] = found["n"].astype(str)
-    rows["mean"] = means["value"].map(short)
+    rows = pd.DataFrame({"n": found["n"].astype(str), "mean": means["value"].map(short)}, table["cell"].unique())
     rows["IQM [95% interval]"] = found.apply(interval, axis=1)
     if name in claims.SINCE:  # where the outcome is not the last return
-        last = estimates(claims.outcome("", table), ["cell"]).set_index("cell")
+        last = estimates(claims.outcome("", table.dropna(subset="value")), ["cell"]).set_index("cell")
         rows["IQM of the last return"] = last.apply(interval, axis=1)
     for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
         logged = final(values(table[table["state"] == "complete"], tag)[0])
-        if len(logged):
+        if len(logged) == (table["state"] == "complete").sum():  # no column of some of the runs
             rows[in_words(tag).lower()] = estimates(logged, ["cell"]).set_index("cell")["value"].map(short)
-    return rows.reset_index().fillna({"n": "0"})
+    return rows.rename_axis("cell").reset_index().fillna({"n": "0"})
 
 
 def seeds(name: str, size: str, folder: str) -> pd.DataFrame:
@@ -69,7 +69,8 @@ def seeds(name: str, size: str, folder: str) -> pd.DataFrame:
 
 
 def verdicts(name: str, size: str, folder: str) -> pd.DataFrame:
-    found = claims.verdicts(name, loaded(folder), size).assign(value=lambda rows: rows["effect"])
+    of_figure(name, size, folder)  # tells what is missing
+    found = claims.verdicts(name, load(folder)[0], size).assign(value=lambda rows: rows["effect"])
     found["verdict"] = "**" + found["verdict"] + "**"
     found["effect [95% interval]"] = found.apply(interval, axis=1)
     return found[["claim", "verdict", "measure", "n", "effect [95% interval]", "contrasts"]]
@@ -90,10 +91,10 @@ KINDS = {"cells": cells, "seeds": seeds, "verdicts": verdicts, "calibration": ca
 
 def table(words: str) -> str:
     """The table that these words name, in Markdown."""
-    kind, *rest = words.split()
+    kind, *rest = words.split() or [""]
     if kind not in KINDS or len(rest) != (1 if kind == "calibration" else 3):
         raise ValueError(f"no table {words!r}: write {', '.join(KINDS)}, and what --help says")
-    rows = KINDS[kind](*rest).fillna("-").astype(str)
+    rows = KINDS[kind](*rest).astype(object).fillna("-").astype(str)
     lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -22,9 +22,7 @@ STEPS = (1, 2, 201, 202, 901, 902)  # two seeds at three steps
 PRE, POST = figures.runs("fig17", "toy")[:2]
 
 
-def write(
-    folder: Path, name="mst", seed=1, *, returns=(0, 10, 20), every=100, env="dog-run", config=(), **args
-) -> Path:
+def write(folder: Path, name="mst", seed=1, *, returns=(0, 10, 20), every=100, env="dog-run", config=(), **args):
     """A run directory as a script leaves it. Its metrics are its returns, too."""
     path = folder / f"{env}__{name}__{seed}"
     path.mkdir(parents=True, exist_ok=True)
@@ -134,10 +132,9 @@ def test_published_curves_are_laid_over_the_returns_of_their_task(tmp_path):
     assert own[["col", "x", "value", "n"]].values.tolist() == [["dog-run", 0, 15, 2], ["dog-run", 200, 15, 2]]
 
 
-def test_a_page_gets_its_tables(tmp_path, monkeypatch):
+def test_a_page_gets_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    page = tmp_path / "page.md"
-    kinds = ("cells", "verdicts", "seeds")
+    page, kinds = tmp_path / "page.md", ("cells", "verdicts", "seeds")
     page.write_text("".join(f"<!-- table: {x} fig14 small results/small/runs -->\nold\n<!-- end -->\n" for x in kinds))
     assert tables.main(["--fill", str(page)]) == 0
     text = page.read_text()
@@ -145,6 +142,9 @@ def test_a_page_gets_its_tables(tmp_path, monkeypatch):
     assert "| MST | cheetah-run | 360 | 288 | 424 | 286 | 326 |" in text
     assert "| A dynamic topology helps the critic: dst > sst | **inconclusive** | return | 5 | -26.5" in text
     assert "| SAC | 25,000 | 849, 824, 837 | 835 [775, 863] | 0.96 |" in tables.table("calibration results/calibration")
+    with pytest.raises(ValueError, match="no complete run of fig14 at paper size"):
+        tables.table("cells fig14 paper results/small/runs")
+    assert "missing: humanoid-run__" in capsys.readouterr().err
 
 
 def test_the_notebook_is_stored_with_what_code_and_results_give_now(monkeypatch):
