@@ -136,12 +136,12 @@ def test_a_page_gets_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     page, kinds = tmp_path / "page.md", ("cells", "verdicts", "seeds")
     page.write_text("".join(f"<!-- table: {x} fig14 small results/small/runs -->\nold\n<!-- end -->\n" for x in kinds))
-    assert tables.main(["--fill", str(page)]) == 0
-    text = page.read_text()
-    assert "| MST | 5 | 337 | 325 [287, 392] |" in text and "old" not in text
+    assert tables.main(["--fill", str(page)]) == 0 and "old" not in (text := page.read_text())
+    assert "| MST | 5 | 337 | 325 [287, 392] |" in text
     assert "| MST | cheetah-run | 360 | 288 | 424 | 286 | 326 |" in text
     assert "| A dynamic topology helps the critic: dst > sst | **inconclusive** | return | 5 | -26.5" in text
     assert "| SAC | 25,000 | 849, 824, 837 | 835 [775, 863] | 0.96 |" in tables.table("calibration results/calibration")
+    assert "399 [326, 499] | 668 [" in tables.table("cells depth paper results/depth")  # (533 + 587 + 774 + 779) / 4
     with pytest.raises(ValueError, match="no complete run of fig14 at paper size"):
         tables.table("cells fig14 paper results/small/runs")
     assert "missing: humanoid-run__" in capsys.readouterr().err
