@@ -56,9 +56,9 @@ def cells(name: str, size: str, folder: str) -> pd.DataFrame:
         last = estimates(claims.outcome("", table.dropna(subset="value")), ["cell"]).set_index("cell")
         rows["IQM of the last return"] = last.apply(interval, axis=1)
     for tag in (f"plasticity/{module}_{what}" for module in MODULES for what in ("srank", "dormant_ratio")):
-        logged = final(values(table[table["state"] == "complete"], tag)[0])
-        if len(logged) == (table["state"] == "complete").sum():  # no column of some of the runs
-            rows[in_words(tag).lower()] = estimates(logged, ["cell"]).set_index("cell")["value"].map(short)
+        ends = estimates(final(values(table[table["state"] == "complete"], tag)[0]), ["cell"]).set_index("cell")
+        if len(ends):  # "-" where not all of a cell's runs have logged it
+            rows[in_words(tag).lower()] = ends["value"].where(ends["n"].eq(found["n"])).map(short)
     return rows.rename_axis("cell").reset_index().fillna({"n": "0"})
 
 
